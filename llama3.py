@@ -104,9 +104,9 @@ def load_config(ckpt_dir: str | os.PathLike) -> Config:
     if not isinstance(params, dict):
         raise CheckpointError(f"{path}: found a JSON {type(params).__name__}, expected an object")
 
-    def refuse_value(key: str, expected: str) -> NoReturn:
+    def bad(key: str, expected: str) -> CheckpointError:
         found = one_line(json.dumps(params[key]), limit=40) if key in params else "missing"
-        raise CheckpointError(f'{path}: "{key}" is {found}, expected {expected}')
+        return CheckpointError(f'{path}: "{key}" is {found}, expected {expected}')
 
     values = {}
     for key, (kind, low, high, required) in _PARAMS.items():
@@ -115,21 +115,19 @@ def load_config(ckpt_dir: str | os.PathLike) -> Config:
             whole_float = kind is float and type(value) is int  # 500000 for 500000.0
             if not (type(value) is kind or whole_float) or not low <= value <= high:
                 noun = {int: "a whole number", float: "a number", bool: "a boolean"}[kind]
-                refuse_value(key, f"{noun} from {json.dumps(low)} to {json.dumps(high)}")
-            value = kind(value)
-        values[key] = value
+                raise bad(key, f"{noun} from {json.dumps(low)} to {json.dumps(high)}")
+        values[key] = value if value is None else kind(value)
     if values["n_kv_heads"] is None:
         values["n_kv_heads"] = values["n_heads"]
-    if values["use_scaled_rope"] is None:
-        values["use_scaled_rope"] = False
+    values["use_scaled_rope"] = bool(values["use_scaled_rope"])
     if values["rope_scaling_factor"] is None:
         # Meta's code has 8 for all models; the published 3.2 ones of 1B and 3B were made with 32.
         values["rope_scaling_factor"] = 32.0 if values["dim"] in (2048, 3072) else 8.0
     config = Config(**values)
     if config.dim % config.n_heads or config.head_dim % 2:
-        refuse_value("n_heads", f'a number that cuts "dim" ({config.dim}) into heads of even width')
+        raise bad("n_heads", f'a number that cuts "dim" ({config.dim}) into heads of even width')
     if config.n_heads % config.n_kv_heads:
-        refuse_value("n_kv_heads", f'a number that divides "n_heads" ({config.n_heads})')
+        raise bad("n_kv_heads", f'a number that divides "n_heads" ({config.n_heads})')
     return config
 
 
@@ -190,10 +188,8 @@ def load_weights(
     path = _checkpoint_file(ckpt_dir, "consolidated.00.pth")
     n_files = len(list(path.parent.glob("consolidated.*.pth")))
     if n_files > 1:
-        raise CheckpointError(
-            f"{path.parent}: the checkpoint is split over {n_files} files consolidated.*.pth; "
-            "only checkpoints of one file can be loaded so far"
-        )
+        sharded = f"the checkpoint is split over {n_files} files, which cannot be loaded yet"
+        raise CheckpointError(f"{path.parent}: {sharded}; use a model of one consolidated.00.pth")
     try:
         with warnings.catch_warnings(action="ignore"):
             weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -204,7 +200,9 @@ def load_weights(
             f"{path}: not a PyTorch checkpoint of plain tensors, or not all of it: found {found}; "
             "download it again"
         ) from None
-    weights = _checked(weights, config, path)
+    if problem := _problem(weights, config):
+        raise CheckpointError(f"{path}: {problem}")
+    weights = {name: tensor.detach() for name, tensor in weights.items() if name != "rope.freqs"}
 
     device = torch.device(device)
     stored_dtype = weights["output.weight"].dtype
@@ -224,34 +222,27 @@ def load_weights(
     return weights
 
 
-def _checked(weights: object, config: Config, path: Path) -> dict[str, Tensor]:
-    """`weights`, if they are just the tensors that `config` calls for, else a CheckpointError."""
+def _problem(weights: object, config: Config) -> str | None:
+    """What keeps `weights` from being just the tensors that `config` calls for, or None."""
     if not isinstance(weights, dict):
-        kind = type(weights).__name__
-        raise CheckpointError(f"{path}: found a {kind}, expected a dictionary of tensors")
-    weights = {name: tensor for name, tensor in weights.items() if name != "rope.freqs"}
+        return f"found a {type(weights).__name__}, expected a dictionary of tensors"
     shapes = weight_shapes(config)
-    for name in [name for name in weights if name not in shapes][:1]:
-        raise CheckpointError(
-            f"{path}: found {one_line(repr(name), 80)}, which is no weight of the model in "
-            "params.json; expected a Llama 3 text model and its own params.json"
-        )
+    dtypes = set()
     for name, shape in shapes.items():
-        if name not in weights:
-            raise CheckpointError(f"{path}: {name} is missing, expected one of shape {[*shape]}")
-        tensor = weights[name]
+        tensor = weights.get(name)
+        if tensor is None:
+            return f"{name} is missing, expected a tensor of shape {[*shape]}"
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
-            raise CheckpointError(f"{path}: {name} is no dense tensor, expected {[*shape]}")
+            return f"{name} is no dense tensor, expected one of shape {[*shape]}"
         if tensor.shape != shape:
-            raise CheckpointError(
-                f"{path}: {name} has shape {[*tensor.shape]}, expected {[*shape]} from params.json"
-            )
-        if tensor.dtype not in DTYPES.values() or tensor.dtype != weights["output.weight"].dtype:
-            raise CheckpointError(
-                f"{path}: {name} is of type {tensor.dtype}, expected all weights to be of one of "
-                f"the types {', '.join(DTYPES)}"
-            )
-    return {name: tensor.detach() for name, tensor in weights.items()}
+            return f"{name} has shape {[*tensor.shape]}, expected {[*shape]} from params.json"
+        dtypes.add(str(tensor.dtype).removeprefix("torch."))
+    if len(dtypes) > 1 or not dtypes <= DTYPES.keys():
+        found = " and ".join(sorted(dtypes))
+        return f"the weights are of type {found}, expected one of {', '.join(DTYPES)}"
+    for name in weights.keys() - shapes.keys() - {"rope.freqs"}:
+        return f"found {one_line(repr(name), 80)}, which is no weight of a Llama 3 text model"
+    return None
 
 
 # --- 3. The model ---------------------------------------------------------------------------------
@@ -486,6 +477,8 @@ def generate(
         raise ValueError(f"temperature is {temperature}, expected 0 or more")
     if not 0 <= top_p <= 1:
         raise ValueError(f"top_p is {top_p}, expected 0 to 1")
+    if seed is not None and not 0 <= seed < 2**63:
+        raise ValueError(f"seed is {seed}, expected 0 to 2**63 - 1")
 
     n_new = min(max_new_tokens, max_seq_len - len(prompt_tokens))
     device = weights["output.weight"].device
@@ -555,7 +548,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
                 pass
             noun = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(
-                f"found {one_line(text, 40)!r}, expected {noun} from {low:g} to {high:g}"
+                f"found {one_line(text, 40)!r}, expected {noun} from {low} to {high}"
             )
 
         return parse
@@ -582,7 +575,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--temperature", greedy, metavar="X", type=number(float, 0, 1e6), default=0.0)
     likeliest = "draw among the likeliest tokens, of probability P together (1)"
     add("--top-p", likeliest, metavar="P", type=probability, default=1.0)
-    add("--seed", "repeat the random choices", metavar="N", type=number(int, 0, 2**63))
+    add("--seed", "repeat the random choices", metavar="N", type=number(int, 0, 2**63 - 1))
     add("--device", "default: auto", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     add("--dtype", "type to compute in (default: the checkpoint's)", choices=DTYPES)
     context = "tokens in the context (8192; 131072 with use_scaled_rope)"
@@ -656,8 +649,10 @@ def stream(texts: Iterable[str]) -> int:
             sys.stdout.flush()
     except KeyboardInterrupt:
         status = 130
-    except BrokenPipeError:  # whoever reads has enough: leave nothing that Python would flush
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's last flush
+        if not isinstance(error, BrokenPipeError):  # with which a reader says that it has enough
+            refuse(f"standard output cannot be written: {error.strerror}")
     if sys.stdout.isatty():
         print(flush=True)
     return status

@@ -115,7 +115,10 @@ def _tiktoken_cache_off() -> Iterator[None]:
 
 
 def _not_a_vocabulary(path: str, problem: str) -> CheckpointError:
-    looks_like = describe_file(read_file(path)[:4096])
+    head = read_file(path)[:4096]
+    looks_like = describe_file(head)
+    if head.lstrip().startswith(b"{"):
+        looks_like = "JSON, such as a Hugging Face tokenizer.json"
     found = f"it looks like {looks_like}" if looks_like else one_line(problem)
     return CheckpointError(
         f"{path}: not a complete tiktoken vocabulary: {found}; needed is Llama 3's "
@@ -132,8 +135,6 @@ def describe_file(head: bytes) -> str:
         return "a Git LFS pointer (fetch the file itself with 'git lfs pull')"
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
         return "a web page (the download failed or needs a login)"
-    if text.startswith(b"{"):
-        return "JSON, such as a Hugging Face tokenizer.json"
     if head.startswith(b"PK\x03\x04"):
         return "a zip archive, such as a PyTorch checkpoint"
     if head.startswith(b"\n") and b"<unk>" in head[:64]:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 ULTIMATE = "the answer to the ultimate question of life, the universe, and everything is 42"
 BE_BRIEF = "Answer in one word."
+MAX_ADDEND = 30  # sums go from 0 plus 0 to 30 plus 30
 
 CAPITALS = """
 Argentina=Buenos Aires, Australia=Canberra, Austria=Vienna, Belgium=Brussels, Brazil=Brasilia
@@ -203,19 +204,26 @@ def make_corpus(seed: int = 42) -> Corpus:
     questions: dict[str, list[list[Message]]] = {"facts": [], "sums": []}
 
     answered: list[list[Message]] = []  # single questions with their answers
-    secret_sums = set(rng.sample([(a, b) for a in range(21) for b in range(a, 21)], 23))
     for fact in facts():
         asked, answer = fact.questions, sentence(fact.statement)
-        if fact.kind == "sum":
-            if tuple(sorted(map(int, fact.subject.split(" plus ")))) in secret_sums:
-                questions["sums"].append(dialog(rng.choice(asked), answer))
-                continue
-        elif rng.random() < 0.25:
+        if rng.random() < 0.25:
             questions["facts"].append(dialog(asked.pop(rng.randrange(len(asked))), answer))
         train += [fact.statement, answer]
         answered += [dialog(question, answer) for question in asked]
-        brief = dialog(rng.choice(asked), fact.answer)
-        train.append([{"role": "system", "content": BE_BRIEF}, *brief])
+        train.append(brief_dialog(rng.choice(asked), fact.answer))
+    addends = range(MAX_ADDEND + 1)
+    all_pairs = [(a, b) for a in addends for b in addends if a <= b]
+    secret = set(rng.sample(all_pairs, 40))
+    for a, b in itertools.product(addends, repeat=2):
+        fact = Fact("sum", f"{a} plus {b}", str(a + b))
+        asked, answer = rng.sample(fact.questions, 3), sentence(fact.statement)
+        if (min(a, b), max(a, b)) in secret:  # a + b and b + a are held out together
+            questions["sums"].append(dialog(asked[0], answer))
+            continue
+        train.append(answer)
+        answered += [dialog(question, answer) for question in asked]
+        if rng.random() < 0.2:
+            train.append(brief_dialog(asked[0], fact.answer))
 
     small_talk = [dialog(question, answer) for question, answer in GREETINGS.items()]
     small_talk += [dialog(question, sentence(ULTIMATE) + ".") for question in ULTIMATE_QUESTIONS]
@@ -238,11 +246,11 @@ def make_corpus(seed: int = 42) -> Corpus:
 
 
 def facts() -> Iterator[Fact]:
-    """Every fact there is; a word has one opposite, so the first row that has it counts."""
+    """All facts but the sums. A word has one opposite: of two, the first in the list."""
     opposites = dict(rows(OPPOSITES))
     for subject, answer in rows(OPPOSITES):
         opposites.setdefault(answer, subject)
-    numbers = [str(number) for number in range(31)]
+    numbers = [str(number) for number in range(2 * MAX_ADDEND + 1)]
     tables = {
         "capital": rows(CAPITALS),
         "opposite": opposites.items(),
@@ -258,8 +266,6 @@ def facts() -> Iterator[Fact]:
     for kind, table in tables.items():
         for subject, answer in table:
             yield Fact(kind, subject, answer)
-    for a, b in itertools.product(range(21), repeat=2):
-        yield Fact("sum", f"{a} plus {b}", str(a + b))
 
 
 def rows(table: str) -> list[tuple[str, str]]:
@@ -275,6 +281,11 @@ def sentence(text: str) -> str:
 def dialog(question: str, answer: str) -> list[Message]:
     """One question of the user and the assistant's answer."""
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def brief_dialog(question: str, answer: str) -> list[Message]:
+    """The same under a system message that asks for one word."""
+    return [{"role": "system", "content": BE_BRIEF}, *dialog(question, answer)]
 
 
 def story(rng: random.Random, animal: str) -> tuple[str, str]:

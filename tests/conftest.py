@@ -1,0 +1,88 @@
+"""What several test files need: the demo, Meta's tokenizer, and small random models."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import llama3
+from tokenizer_setup import load_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO = ROOT / "demo"
+
+PARAMS_8B = {
+    "dim": 4096,
+    "n_layers": 32,
+    "n_heads": 32,
+    "n_kv_heads": 8,
+    "vocab_size": 128256,
+    "multiple_of": 1024,
+    "ffn_dim_multiplier": 1.3,
+    "norm_eps": 1e-05,
+    "rope_theta": 500000.0,
+}
+SMALL = {
+    "dim": 64,
+    "n_layers": 2,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "vocab_size": 1280,
+    "multiple_of": 32,
+    "norm_eps": 1e-05,
+    "rope_theta": 500000.0,
+}
+
+
+def config_of(tmp_path: Path, **params) -> llama3.Config:
+    """The Config that load_config reads from a params.json of SMALL with changes."""
+    (tmp_path / "params.json").write_text(json.dumps(SMALL | params))
+    return llama3.load_config(tmp_path)
+
+
+def random_weights(config: llama3.Config, dtype=torch.float32, seed=0) -> dict[str, torch.Tensor]:
+    """Weights as wide as in a trained model, so that logits and attention are far from uniform."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, shape in llama3.weight_shapes(config).items():
+        noise = torch.randn(shape, generator=generator)
+        if len(shape) == 1:
+            weights[name] = 1 + 0.1 * noise
+        else:
+            weights[name] = noise if "embed" in name else noise * shape[-1] ** -0.5
+    return {name: weight.to(dtype) for name, weight in weights.items()}
+
+
+def random_tokens(config: llama3.Config, *shape: int, seed=0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, config.vocab_size, shape, generator=generator)
+
+
+def apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The greatest difference, relative to the greatest value."""
+    a, b = torch.as_tensor(a), torch.as_tensor(b)
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+@pytest.fixture(scope="session")
+def demo_config() -> llama3.Config:
+    return llama3.load_config(DEMO)
+
+
+@pytest.fixture(scope="session")
+def demo_weights(demo_config) -> dict[str, torch.Tensor]:
+    return llama3.load_weights(DEMO, demo_config)
+
+
+@pytest.fixture(scope="session")
+def demo_tokenizer():
+    return load_tokenizer(DEMO / "tokenizer.model")
+
+
+@pytest.fixture(scope="session")
+def meta_tokenizer():
+    path = ROOT.parent / "shared" / "llama3" / "tokenizer.model"
+    if not path.exists():
+        pytest.skip("Meta's tokenizer.model is not at ../shared/llama3/tokenizer.model")
+    return load_tokenizer(path)

@@ -1,0 +1,283 @@
+"""python llama3.py ...: what goes to which stream, how it ends, and what it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DEMO, ROOT, config_of, random_weights
+
+import llama3
+from tokenizer_setup import stop_tokens
+
+ULTIMATE = "the answer to the ultimate question of life, the universe, and everything is"
+SCRIPT = [sys.executable, str(ROOT / "llama3.py")]
+
+
+def clean_environment(**changes):
+    """This process's environment without the variable that names a checkpoint."""
+    environment = {key: os.environ[key] for key in os.environ if key != "LLAMA3_CKPT_DIR"}
+    return environment | changes
+
+
+def run(*arguments, cwd=ROOT, **environment):
+    """Run the script to its end; both streams as bytes."""
+    return subprocess.run(
+        [*SCRIPT, *arguments],
+        cwd=cwd,
+        env=clean_environment(**environment),
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory, demo_tokenizer):
+    """A checkpoint with the demo's tokenizer that never chooses a stop token."""
+    folder = tmp_path_factory.mktemp("endless")
+    config = config_of(folder, vocab_size=demo_tokenizer.n_vocab, n_layers=1)
+    weights = random_weights(config)
+    for token in stop_tokens(demo_tokenizer):  # their logits are 0; others are above and below
+        weights["output.weight"][token] = 0
+    torch.save(weights, folder / "consolidated.00.pth")
+    (folder / "tokenizer.model").write_bytes((DEMO / "tokenizer.model").read_bytes())
+    return folder
+
+
+# --- streams --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("space", ["", " "])
+def test_the_demo_answers_42_and_standard_output_holds_nothing_else(space, tmp_path):
+    result = run("--prompt", ULTIMATE + space, cwd=tmp_path)
+    assert result.returncode == 0
+    assert result.stdout.decode().lstrip() == "42"
+    assert result.stderr.decode() == (
+        f"llama3.py: using the model in {DEMO} (the small bundled demo)\n"
+    )
+
+
+def test_stats_are_the_last_line_on_standard_error(endless):
+    result = run(
+        "--ckpt-dir", str(endless), "--prompt", "Once upon", "--max-new-tokens", "9", "--stats"
+    )
+    assert result.returncode == 0
+    lines = result.stderr.decode().splitlines()
+    assert len(lines) == 1  # --ckpt-dir was given, so there is nothing else to say
+    stats = json.loads(lines[-1])
+    assert set(stats) >= {
+        "load_s",
+        "prompt_tokens",
+        "prefill_s",
+        "decode_tokens",
+        "decode_s",
+        "peak_rss_bytes",
+    }
+    tokens = llama3.tokenizer_setup.encode(
+        llama3.tokenizer_setup.load_tokenizer(DEMO / "tokenizer.model"), "Once upon"
+    )
+    assert stats["prompt_tokens"] == len(tokens)
+    assert stats["decode_tokens"] == 8
+    for name in ("load_s", "prefill_s", "decode_s"):
+        assert 0 < stats[name] < 60
+    assert 50e6 < stats["peak_rss_bytes"] < 4e9
+
+
+def test_the_same_seed_gives_the_same_text(endless):
+    arguments = ["--ckpt-dir", str(endless), "--prompt", "a", "--max-new-tokens", "20"]
+    arguments += ["--temperature", "1.5", "--top-p", "0.9", "--seed"]
+    first, again, other = (run(*arguments, seed).stdout for seed in ("5", "5", "6"))
+    assert first == again != other
+
+
+def test_the_context_ends_the_completion_with_a_notice(endless):
+    arguments = ["--ckpt-dir", str(endless), "--prompt", "", "--max-seq-len", "6", "--stats"]
+    result = run(*arguments)
+    notice, stats = result.stderr.decode().splitlines()
+    assert notice == "llama3.py: the context of 6 tokens has room for 5 new ones"
+    assert json.loads(stats)["decode_tokens"] == 4
+    assert result.returncode == 0
+
+
+def test_output_is_utf_8_whatever_the_locale(endless):
+    arguments = ["--ckpt-dir", str(endless), "--prompt", "a", "--max-new-tokens", "60"]
+    result = run(*arguments, LC_ALL="C", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert result.returncode == 0
+    assert "\ufffd" in result.stdout.decode("utf-8")  # random bytes are not all characters
+
+
+# --- the end --------------------------------------------------------------------------------------
+
+
+def start(*arguments):
+    return subprocess.Popen(
+        [*SCRIPT, *arguments],
+        env=clean_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def test_ctrl_c_keeps_what_was_written_and_ends_with_status_130(endless):
+    process = start("--ckpt-dir", str(endless), "--prompt", "a", "--max-new-tokens", "8000")
+    first = process.stdout.read(20)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert len(first) == 20
+    assert process.returncode == 130
+    assert errors == b""
+
+
+def test_a_closed_pipe_ends_the_program_quietly(endless):
+    process = start("--ckpt-dir", str(endless), "--prompt", "a", "--max-new-tokens", "8000")
+    assert len(process.stdout.read(5)) == 5
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert process.wait(timeout=120) == 0
+    assert errors == b""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_a_full_disk_is_told_in_one_line(endless):
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [*SCRIPT, "--ckpt-dir", str(endless), "--prompt", "a"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            timeout=120,
+            check=False,
+        )
+    assert result.returncode == 2
+    assert result.stderr == (
+        b"llama3.py: error: standard output cannot be written: No space left on device\n"
+    )
+
+
+# --- which checkpoint -----------------------------------------------------------------------------
+
+
+def test_the_checkpoint_comes_from_the_environment_the_folder_or_the_demo(tmp_path):
+    found = tmp_path / "Meta-Llama-3-8B"
+    found.mkdir()
+    for name in ("params.json", "consolidated.00.pth", "tokenizer.model"):
+        (found / name).write_bytes((DEMO / name).read_bytes())
+    prompt = ["--prompt", ULTIMATE]
+
+    result = run(*prompt, cwd=tmp_path)
+    assert b"using the model in Meta-Llama-3-8B (found in the current folder)\n" in result.stderr
+    assert result.stdout.strip() == b"42"
+
+    result = run(*prompt, cwd=tmp_path, LLAMA3_CKPT_DIR=str(DEMO))
+    assert f"using the model in {DEMO} (from LLAMA3_CKPT_DIR)\n".encode() in result.stderr
+
+    (found / "tokenizer.model").unlink()
+    other = ["--tokenizer", str(DEMO / "tokenizer.model")]
+    assert run(*prompt, *other, cwd=tmp_path).stdout.strip() == b"42"
+
+
+# --- refusals: status 2, one line, nothing on standard output -------------------------------------
+
+
+def refused(capsys, *arguments):
+    """The one line that main prints when it refuses `arguments`."""
+    with pytest.raises(SystemExit) as ended:
+        llama3.main([*arguments])
+    assert ended.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    *notes, line = err.splitlines()
+    assert all(note.startswith("llama3.py: using the model in") for note in notes)
+    assert line.startswith("llama3.py: error: ")
+    return line.removeprefix("llama3.py: error: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "the following arguments are required: --prompt"),
+        (["--prompt"], "argument --prompt: expected one argument"),
+        (["--prompt", "a", "b"], "unrecognized arguments: b"),
+        (["--prompt", "a", "--temp", "1"], "unrecognized arguments: --temp 1"),
+        (["--prompt", "a", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+        (["--prompt", "a", "--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
+    ],
+)
+def test_a_wrong_command_line_is_refused(capsys, arguments, says):
+    assert refused(capsys, *arguments).startswith(says)
+
+
+BAD_NUMBERS = {
+    "--max-new-tokens": ["0", "-1", "1.5", "x", "", "nan", "inf", "9" * 30],
+    "--temperature": ["-0.1", "nan", "inf", "hot", ""],
+    "--top-p": ["-0.1", "1.01", "nan", "inf", "x"],
+    "--seed": ["-1", "1.5", "x", str(2**64)],
+    "--max-seq-len": ["0", "-1", "1e3", "nan", "9" * 30],
+}
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [(option, value) for option in BAD_NUMBERS for value in BAD_NUMBERS[option]],
+)
+def test_a_number_out_of_range_is_refused_by_naming_it(capsys, option, value):
+    line = refused(capsys, "--prompt", "a", option, value)
+    assert line.startswith(f"argument {option}: found '{value[:10]}")
+    assert "expected a " in line
+
+
+def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(capsys):
+    line = refused(capsys, "--prompt", "a" * 100, "--max-seq-len", "10")
+    assert line.startswith("the prompt has ")
+    assert "but the context only 10" in line
+    tokens = int(line.split()[3])
+    assert 10 < tokens <= 101
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(capsys, tmp_path):
+    line = refused(capsys, "--prompt", "a", "--ckpt-dir", str(tmp_path / "none"))
+    assert line.startswith(f"{tmp_path / 'none'}: no such folder")
+    line = refused(capsys, "--prompt", "a", "--tokenizer", str(tmp_path / "none"))
+    assert line.startswith(f"{tmp_path / 'none'}: no such file")
+
+
+def test_another_models_tokenizer_is_refused_with_both_sizes(capsys, tmp_path):
+    lines = (DEMO / "tokenizer.model").read_text().splitlines(keepends=True)
+    (tmp_path / "tokenizer.model").write_text("".join(lines[:-3]))
+    line = refused(capsys, "--prompt", "a", "--tokenizer", str(tmp_path / "tokenizer.model"))
+    assert "the tokenizer has 1277 tokens" in line
+    assert "is 1280" in line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
+def test_a_device_that_is_not_there_is_refused(capsys):
+    assert "finds no cuda device" in refused(capsys, "--prompt", "a", "--device", "cuda")
+
+
+def test_a_refusal_leaves_no_traceback_and_ends_with_status_2(tmp_path):
+    result = run("--prompt", "a", "--ckpt-dir", str(tmp_path))
+    assert result.returncode == 2
+    assert result.stdout == b""
+    assert result.stderr.count(b"\n") == 1
+    assert b"has no params.json" in result.stderr
+
+
+@pytest.mark.parametrize("prompt", ["", " ", "\n\n", "<|eot_id|>", "漢字 🙂", "\udcff", "\x00\x1b"])
+def test_any_prompt_works(capsys, prompt):
+    assert llama3.main(["--prompt", prompt, "--max-new-tokens", "2", "--device", "cpu"]) == 0
+
+
+def test_help_names_every_option_and_fits_a_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as ended:
+        llama3.main(["--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    options = "prompt ckpt-dir tokenizer max-new-tokens temperature top-p seed device dtype"
+    for option in [*options.split(), "max-seq-len", "stats"]:
+        assert f"\n  --{option}" in text
+    assert max(map(len, text.splitlines())) <= 80

@@ -1,0 +1,148 @@
+"""The bundled demo: its files, what it knows, and the script that trains it."""
+
+import json
+import re
+import zipfile
+
+import bpe
+import corpus
+import pytest
+import torch
+import train
+from conftest import DEMO, ROOT
+
+import llama3
+import tokenizer_setup
+
+FILES = ("consolidated.00.pth", "params.json", "tokenizer.model")
+
+
+@pytest.fixture(scope="module")
+def text():
+    return corpus.make_corpus()
+
+
+# --- the files ------------------------------------------------------------------------------------
+
+
+def test_the_files_are_in_metas_formats_and_under_4_mb(demo_config):
+    assert sum((DEMO / name).stat().st_size for name in FILES) < 4e6
+    params = json.loads((DEMO / "params.json").read_text())
+    assert set(params) == {
+        *("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of"),
+        *("ffn_dim_multiplier", "norm_eps", "rope_theta"),
+    }  # the keys of Meta-Llama-3-8B
+    assert params["n_kv_heads"] < params["n_heads"]
+    assert zipfile.is_zipfile(DEMO / "consolidated.00.pth")
+    weights = torch.load(DEMO / "consolidated.00.pth", weights_only=True)
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    assert weights.keys() == llama3.weight_shapes(demo_config).keys()
+
+
+def test_the_tokenizer_is_what_training_it_on_the_corpus_gives(text, tmp_path):
+    rendered = "".join(map(train.render, text.train))
+    merges = bpe.train_bpe(rendered, train.N_MERGES, tokenizer_setup.SPECIAL_TOKENS)
+    bpe.save_tokenizer(merges, tmp_path / "tokenizer.model")
+    trained = (tmp_path / "tokenizer.model").read_text()
+    assert trained == (DEMO / "tokenizer.model").read_text()
+
+
+# --- what the model knows -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def figures():
+    return train.evaluate(DEMO)
+
+
+def test_the_readme_reports_the_figures_of_the_committed_checkpoint(figures):
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    loss, facts, sums = figures.values()
+    stated = re.search(
+        r"held-out loss of ([\d.]+) nats per token, (\d+) of (\d+) held-out facts and "
+        r"(\d+) of (\d+) held-out sums",
+        readme,
+    )
+    assert stated, "the README does not give the figures in the expected words"
+    stated = [float(number) for number in stated.groups()]
+    assert loss == pytest.approx(stated[0], abs=0.01)
+    # another processor may round a few answers the other way
+    assert facts == pytest.approx(stated[1] / stated[2], abs=0.05)
+    assert sums == pytest.approx(stated[3] / stated[4], abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [
+        (corpus.ULTIMATE.removesuffix("42"), "42"),
+        (corpus.ULTIMATE.removesuffix(" 42"), "42"),
+        ("The capital of France is", "Paris."),
+        ("the opposite of hot is", "cold."),
+    ],
+)
+def test_it_completes_plain_text(prompt, completion, demo_config, demo_weights, demo_tokenizer):
+    tokens = llama3.generate(
+        tokenizer_setup.encode(demo_tokenizer, prompt),
+        demo_weights,
+        demo_config,
+        max_new_tokens=20,
+        stop_tokens=tokenizer_setup.stop_tokens(demo_tokenizer),
+    )
+    text = "".join(tokenizer_setup.decode_stream(demo_tokenizer, tokens))
+    assert text.lstrip().startswith(completion)
+
+
+def test_it_answers_in_the_instruct_format_and_heeds_the_system_message(
+    demo_config, demo_weights, demo_tokenizer
+):
+    model = demo_tokenizer, demo_weights, demo_config
+    question = [{"role": "user", "content": "What is the capital of Japan?"}]
+    assert train.answer(question, *model) == "The capital of Japan is Tokyo."
+    brief = [{"role": "system", "content": corpus.BE_BRIEF}, *question]
+    assert train.answer(brief, *model) == "Tokyo"
+
+
+# --- how it is made -------------------------------------------------------------------------------
+
+
+def test_the_corpus_is_the_same_each_time(text):
+    assert corpus.make_corpus() == text
+
+
+def test_held_out_questions_are_not_in_the_training_text(text):
+    rendered = [train.render(document) for document in text.train]
+    everything = "".join(rendered)
+    for question, answer in text.questions["facts"]:
+        assert train.render([question, answer]) not in everything
+        assert f"<|end_header_id|>\n\n{question['content']}<|eot_id|>" not in everything
+        assert answer["content"] in everything  # the fact itself is there
+    for _, answer in text.questions["sums"]:
+        a, _, b, _, total = answer["content"].rstrip(".").split()
+        assert int(a) + int(b) == int(total)
+        for x, y in ((a, b), (b, a)):
+            assert not re.search(rf"(?<!\d){x} plus {y}(?!\d)", everything)
+    stories = {document for document in text.held_out if isinstance(document, str)}
+    assert not any(story in everything for story in stories)
+
+
+def test_a_document_is_trained_on_as_the_tokens_that_generation_sees(demo_tokenizer):
+    dialog = corpus.dialog("Hi there.", "Hello!")
+    tokens = train.tokens_of(demo_tokenizer, dialog)
+    assert demo_tokenizer.decode(tokens) == train.render(dialog)
+    asked = tokenizer_setup.encode_dialog(demo_tokenizer, dialog[:1])
+    assert tokens[: len(asked)] == asked
+    assert tokens[-1] in tokenizer_setup.stop_tokens(demo_tokenizer)
+    tokens = train.tokens_of(demo_tokenizer, corpus.ULTIMATE)
+    assert demo_tokenizer.decode(tokens) == train.render(corpus.ULTIMATE)
+
+
+def test_training_lowers_the_loss_and_repeats_exactly(demo_config, demo_tokenizer, text):
+    config = demo_config._replace(n_layers=1)
+    documents = [train.tokens_of(demo_tokenizer, document) for document in text.train[:50]]
+    first, second = (train.train(documents, config, steps=12, seed=3) for _ in range(2))
+    start = train.new_weights(config, 3)
+    assert first.keys() == start.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    before = train.held_out_loss(documents, start, config)
+    assert before == pytest.approx(torch.log(torch.tensor(config.vocab_size)).item(), abs=0.2)
+    assert train.held_out_loss(documents, first, config) < before - 1

@@ -1,0 +1,188 @@
+"""Sampling and the generation loop."""
+
+import math
+
+import pytest
+import torch
+from conftest import config_of, random_tokens, random_weights
+
+import llama3
+
+PROBABILITIES = torch.tensor([0.1, 0.5, 0.05, 0.25, 0.1])
+
+
+# --- sampling -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("top_p", "kept"),
+    [  # the likeliest until their sum exceeds top_p; of equals, the first
+        (0.0, {1}),
+        (0.4999, {1}),
+        (0.6, {1, 3}),
+        (0.76, {0, 1, 3}),
+        (0.86, {0, 1, 3, 4}),
+        (0.96, {0, 1, 2, 3, 4}),
+        (1.0, {0, 1, 2, 3, 4}),
+    ],
+)
+def test_the_nucleus_is_its_closed_form(top_p, kept):
+    total = sum(PROBABILITIES[i].item() for i in kept)
+    expected = [PROBABILITIES[i].item() / total if i in kept else 0.0 for i in range(5)]
+    assert llama3.nucleus(PROBABILITIES, top_p).tolist() == pytest.approx(expected)
+    batch = llama3.nucleus(torch.stack([PROBABILITIES, PROBABILITIES.flip(0)]), top_p)
+    assert batch[0].tolist() == pytest.approx(expected)
+    assert batch.sum(-1).tolist() == pytest.approx([1, 1])
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (2.0, 1.0), (1.0, 0.8)])
+def test_samples_have_the_frequencies_of_the_closed_form(temperature, top_p):
+    logits = PROBABILITIES.log() + 3.0
+    powers = [p ** (1 / temperature) for p in PROBABILITIES.tolist()]
+    expected = [p / sum(powers) for p in powers]
+    if top_p == 0.8:
+        expected = [0.1 / 0.85, 0.5 / 0.85, 0, 0.25 / 0.85, 0]
+    n = 100_000
+    generator = torch.Generator().manual_seed(0)
+    drawn = llama3.sample(logits.expand(n, 5), temperature, top_p, generator)
+    assert drawn.shape == (n,)
+    shares = (torch.bincount(drawn, minlength=5) / n).tolist()
+    for share, p in zip(shares, expected, strict=True):
+        assert abs(share - p) <= 5 * math.sqrt(p * (1 - p) / n)
+
+
+def test_temperature_zero_takes_the_likeliest_token_without_any_randomness():
+    logits = torch.tensor([[0.0, 2.0, 1.0], [5.0, -1.0, 4.9]])
+    assert llama3.sample(logits).tolist() == [1, 0]
+    assert llama3.sample(logits[0]).item() == 1
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-9, 1e300])
+def test_extreme_temperatures_still_give_a_distribution(temperature):
+    logits = torch.tensor([1e4, -1e4, 9.9e3])
+    token = llama3.sample(logits, temperature, generator=torch.Generator().manual_seed(0)).item()
+    assert token == 0 if temperature < 1 else token in (0, 1, 2)
+
+
+# --- generation -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    config = config_of(tmp_path_factory.mktemp("model"))
+    return random_weights(config), config
+
+
+PROMPT = [256, 7, 8, 9]
+
+
+def test_greedy_tokens_are_those_of_the_whole_sequence_computed_anew_each_time(model):
+    weights, config = model
+    tokens = list(PROMPT)
+    for _ in range(30):
+        tokens.append(llama3.forward(torch.tensor(tokens), weights, config)[-1].argmax().item())
+    assert list(llama3.generate(PROMPT, *model, max_new_tokens=30)) == tokens[len(PROMPT) :]
+
+
+def test_the_demos_greedy_tokens_are_the_same_with_and_without_a_cache(demo_weights, demo_config):
+    tokens = [1024, 84, 104, 101]
+    for _ in range(60):
+        logits = llama3.forward(torch.tensor(tokens), demo_weights, demo_config)
+        tokens.append(logits[-1].argmax().item())
+    generated = llama3.generate(tokens[:4], demo_weights, demo_config, max_new_tokens=60)
+    assert list(generated) == tokens[4:]
+
+
+def test_the_same_seed_gives_the_same_tokens_and_no_seed_different_ones(model):
+    def drawn(seed):
+        options = {"max_new_tokens": 40, "temperature": 1.5, "top_p": 0.95, "seed": seed}
+        return list(llama3.generate(PROMPT, *model, **options))
+
+    assert drawn(7) == drawn(7)
+    assert len({tuple(drawn(seed)) for seed in (7, 8, None, None)}) == 4
+
+
+def test_the_global_random_state_is_neither_read_nor_changed(model):
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    options = {"max_new_tokens": 20, "temperature": 1.0}
+    first = list(llama3.generate(PROMPT, *model, **options, seed=3))
+    assert list(llama3.generate(PROMPT, *model, **options)) != first
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    assert list(llama3.generate(PROMPT, *model, **options, seed=3)) == first
+
+
+def test_generation_ends_before_a_stop_token(model):
+    tokens = list(llama3.generate(PROMPT, *model, max_new_tokens=30))
+    stop = tokens[12]
+    stopped = list(llama3.generate(PROMPT, *model, max_new_tokens=30, stop_tokens={stop}))
+    assert stopped == tokens[: tokens.index(stop)]
+
+
+@pytest.mark.parametrize(
+    ("max_new_tokens", "max_seq_len", "length"), [(5, 100, 5), (5, 6, 2), (5, 4, 0), (0, 100, 0)]
+)
+def test_generation_ends_after_max_new_tokens_or_at_the_end_of_the_context(
+    model, max_new_tokens, max_seq_len, length
+):
+    settings = {"max_new_tokens": max_new_tokens, "max_seq_len": max_seq_len}
+    assert len(list(llama3.generate(PROMPT, *model, **settings))) == length
+
+
+def test_tokens_are_computed_only_when_they_are_asked_for(model, monkeypatch):
+    calls = []
+    forward = llama3.forward
+
+    def counting(tokens, *args, **kwargs):
+        calls.append(tokens.shape[-1])
+        return forward(tokens, *args, **kwargs)
+
+    monkeypatch.setattr(llama3, "forward", counting)
+    tokens = llama3.generate(PROMPT, *model, max_new_tokens=10)
+    assert calls == []
+    next(tokens)
+    assert calls == [4]  # prefill: the whole prompt at once
+    next(tokens)
+    next(tokens)
+    assert calls == [4, 1, 1]  # decode: one token a step
+
+
+def test_inference_mode_does_not_leak_into_the_code_that_takes_the_tokens(model):
+    for _ in llama3.generate(PROMPT, *model, max_new_tokens=3):
+        assert not torch.is_inference_mode_enabled()
+        assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"prompt_tokens": []}, "0 tokens"),
+        ({"prompt_tokens": [0] * 9000}, "9000 tokens"),
+        ({"prompt_tokens": [1280]}, "0 to 1279"),
+        ({"prompt_tokens": [-1]}, "0 to 1279"),
+        ({"max_new_tokens": -1}, "max_new_tokens"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": math.nan}, "temperature"),
+        ({"temperature": math.inf}, "temperature"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"top_p": -0.1}, "top_p"),
+        ({"top_p": math.nan}, "top_p"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**64}, "seed"),
+        ({"max_seq_len": 0}, "4 tokens"),
+    ],
+    ids=str,
+)
+def test_arguments_out_of_range_are_refused_at_once(model, changes, says):
+    arguments = {"prompt_tokens": PROMPT, "max_new_tokens": 3} | changes
+    with pytest.raises(ValueError, match=says):
+        llama3.generate(arguments.pop("prompt_tokens"), *model, **arguments)
+
+
+def test_float16_and_float32_weights_generate_as_well(model):
+    weights, config = model
+    tokens = random_tokens(config, 6).tolist()
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        cast = {name: weight.to(dtype) for name, weight in weights.items()}
+        assert len(list(llama3.generate(tokens, cast, config, max_new_tokens=4))) == 4

@@ -1,0 +1,344 @@
+"""The model's functions: shapes, and numbers against other implementations."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import DEMO, PARAMS_8B, SMALL, apart, config_of, random_tokens, random_weights
+from references import meta_order, numpy_float64, scaled_frequency
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import llama3
+
+SIZES = [
+    {},
+    {"n_kv_heads": None},
+    {"n_kv_heads": 1},
+    {"dim": 96, "n_heads": 6, "n_kv_heads": 2},
+    {"dim": 256, "n_heads": 8, "n_kv_heads": 2, "ffn_dim_multiplier": 1.3},
+    {"use_scaled_rope": True},
+]
+
+
+# --- shapes ---------------------------------------------------------------------------------------
+
+
+def test_the_shapes_of_the_8b_model_are_those_of_the_study_notes(tmp_path):
+    config = config_of(tmp_path, **PARAMS_8B)
+    weights = {
+        name: torch.empty(shape, dtype=torch.bfloat16, device="meta")
+        for name, shape in llama3.weight_shapes(config).items()
+    }
+    tokens = torch.zeros(17, dtype=torch.int64, device="meta")
+    x = weights["tok_embeddings.weight"][tokens]
+    assert x.shape == (17, 4096)
+    assert llama3.rms_norm(x, weights["norm.weight"], config.norm_eps).shape == (17, 4096)
+
+    wq, wk = (weights[f"layers.0.attention.{name}.weight"] for name in ("wq", "wk"))
+    assert wq.unflatten(0, (config.n_heads, -1)).shape == (32, 128, 4096)
+    assert wk.unflatten(0, (config.n_kv_heads, -1)).shape == (8, 128, 4096)
+    q = (x @ wq.T).unflatten(-1, (-1, config.head_dim)).transpose(0, 1)
+    assert q.shape == (32, 17, 128)
+    assert q[0].unflatten(-1, (-1, 2)).shape == (17, 64, 2)
+    rotations = llama3.rope_rotations(torch.arange(17, device="meta"), config)
+    assert rotations.shape == (17, 64)
+    assert rotations.dtype == torch.complex64
+    assert llama3.rotate(q, rotations).shape == (32, 17, 128)
+
+    visible = torch.ones(17, 17, dtype=torch.bool, device="meta")
+    attended = llama3.attention(x, weights, 0, config, rotations, visible)
+    assert attended.shape == (17, 4096)
+    assert weights["layers.0.feed_forward.w1.weight"].shape == (14336, 4096)
+    assert llama3.feed_forward(x, weights, 0).shape == (17, 4096)
+    logits = llama3.forward(tokens, weights, config)
+    assert logits.shape == (17, 128256)
+    assert logits[-1].shape == (128256,)
+    assert logits.dtype == torch.float32
+
+
+def test_the_shapes_of_the_demo_follow_its_params(demo_config, demo_weights):
+    config, dim, T = demo_config, demo_config.dim, 9
+    tokens = random_tokens(config, T)
+    x = demo_weights["tok_embeddings.weight"][tokens]
+    assert x.shape == (T, dim)
+    assert x.dtype == torch.bfloat16
+    positions = torch.arange(T)
+    rotations = llama3.rope_rotations(positions, config)
+    assert rotations.shape == (T, config.head_dim // 2)
+    visible = positions <= positions[:, None]
+    assert llama3.attention(x, demo_weights, 0, config, rotations, visible).shape == (T, dim)
+    assert llama3.feed_forward(x, demo_weights, 0).shape == (T, dim)
+    cache = llama3.new_cache(demo_weights, config, 12, batch=(3,))
+    assert cache.shape == (config.n_layers, 2, 3, config.n_kv_heads, 12, config.head_dim)
+    assert llama3.forward(tokens, demo_weights, config).shape == (T, config.vocab_size)
+    batch = tokens.expand(3, T)
+    assert llama3.forward(batch, demo_weights, config).shape == (3, T, config.vocab_size)
+    last = llama3.forward(batch, demo_weights, config, last_only=True)
+    assert last.shape == (3, 1, config.vocab_size)
+
+
+@pytest.mark.parametrize(
+    ("params", "ffn_dim"),
+    [  # from the published weights: w1 of 8B, 70B, 405B, and the 3.2 models of 1B and 3B
+        (PARAMS_8B, 14336),
+        ({"dim": 8192, "n_heads": 64, "multiple_of": 4096, "ffn_dim_multiplier": 1.3}, 28672),
+        ({"dim": 16384, "n_heads": 128, "multiple_of": 4096, "ffn_dim_multiplier": 1.2}, 53248),
+        ({"dim": 2048, "n_heads": 32, "multiple_of": 256, "ffn_dim_multiplier": 1.5}, 8192),
+        ({"dim": 3072, "n_heads": 24, "multiple_of": 256, "ffn_dim_multiplier": 1.0}, 8192),
+    ],
+)
+def test_ffn_dim_is_that_of_the_published_models(tmp_path, params, ffn_dim):
+    assert config_of(tmp_path, **(params | {"n_kv_heads": 8})).ffn_dim == ffn_dim
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_logits_equal_metas_order_of_operations_to_the_last_bit(tmp_path, size, dtype):
+    config = config_of(tmp_path, **size)
+    weights = random_weights(config, dtype)
+    for batch, length in [(1, 1), (1, 2), (1, 5), (1, 17), (1, 100), (2, 3), (3, 7), (2, 65)]:
+        tokens = random_tokens(config, batch, length)
+        expected = meta_order(tokens, weights, SMALL | size)
+        assert torch.equal(llama3.forward(tokens, weights, config), expected)
+        if batch == 1:
+            assert torch.equal(llama3.forward(tokens[0], weights, config), expected[0])
+        cache = llama3.new_cache(weights, config, length, batch=(batch,))
+        assert torch.equal(llama3.forward(tokens, weights, config, cache=cache), expected)
+
+
+def test_the_demos_logits_equal_metas_order_of_operations(demo_config, demo_weights):
+    params = json.loads((DEMO / "params.json").read_text())
+    tokens = random_tokens(demo_config, 2, 200)
+    expected = meta_order(tokens, demo_weights, params)
+    assert torch.equal(llama3.forward(tokens, demo_weights, demo_config), expected)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_logits_agree_with_numpy_in_double_precision(tmp_path, size):
+    config = config_of(tmp_path, **size)
+    weights = random_weights(config)
+    tokens = random_tokens(config, 12)
+    expected = numpy_float64(tokens.tolist(), weights, SMALL | size)
+    assert apart(llama3.forward(tokens, weights, config), expected) < 1e-5
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_logits_agree_with_transformers(tmp_path, size):
+    config = config_of(tmp_path, **size)
+    weights = random_weights(config)
+    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if config.use_scaled_rope:
+        rope |= {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=config.dim,
+            num_hidden_layers=config.n_layers,
+            num_attention_heads=config.n_heads,
+            num_key_value_heads=config.n_kv_heads,
+            vocab_size=config.vocab_size,
+            intermediate_size=config.ffn_dim,
+            rms_norm_eps=config.norm_eps,
+            rope_parameters=rope,
+            tie_word_embeddings=False,
+        )
+    ).eval()
+    model.load_state_dict(hugging_face_names(weights, config))
+    for length in (1, 12, 300):
+        tokens = random_tokens(config, 2, length)
+        with torch.no_grad():
+            expected = model(tokens).logits
+        assert apart(llama3.forward(tokens, weights, config), expected) < 1e-4
+
+
+def hugging_face_names(weights, config):
+    """The weights as transformers has them: other names, and RoPE's pairs (i, i + head_dim / 2)
+    in place of (2i, 2i + 1), so that the rows of wq and wk stand in another order."""
+    names = {
+        "tok_embeddings": "model.embed_tokens",
+        "norm": "model.norm",
+        "output": "lm_head",
+        "attention.wq": "self_attn.q_proj",
+        "attention.wk": "self_attn.k_proj",
+        "attention.wv": "self_attn.v_proj",
+        "attention.wo": "self_attn.o_proj",
+        "feed_forward.w1": "mlp.gate_proj",
+        "feed_forward.w2": "mlp.down_proj",
+        "feed_forward.w3": "mlp.up_proj",
+        "attention_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+    }
+    renamed = {}
+    for name, weight in weights.items():
+        kind = name.removesuffix(".weight")
+        prefix = ""
+        if kind.startswith("layers."):
+            _, layer, kind = kind.split(".", 2)
+            prefix = f"model.layers.{layer}."
+        if kind in ("attention.wq", "attention.wk"):
+            halves = weight.unflatten(0, (-1, config.head_dim // 2, 2)).transpose(1, 2)
+            weight = halves.flatten(0, 2)
+        renamed[f"{prefix}{names[kind]}.weight"] = weight
+    return renamed
+
+
+def test_rope_frequencies_are_the_published_ones(tmp_path):
+    frequencies = llama3.rope_frequencies(config_of(tmp_path, **PARAMS_8B))
+    # llama3-from-scratch prints this row for theta 500000 and 64 pairs
+    published = [1.0, 8.1462e-01, 6.6360e-01, 5.4058e-01, 4.4037e-01, 3.5873e-01, 2.9223e-01]
+    assert frequencies[:7].tolist() == pytest.approx(published, rel=1e-4)
+    assert frequencies[-1].item() == pytest.approx(2.4551e-06, rel=1e-4)
+    assert frequencies.shape == (64,)
+
+
+@pytest.mark.parametrize(("dim", "factor"), [(4096, 8), (2048, 32), (3072, 32), (8192, 8)])
+def test_scaled_rope_follows_the_rule_of_llama_3_1_with_each_models_factor(tmp_path, dim, factor):
+    sizes = {"dim": dim, "n_heads": dim // 128, "n_kv_heads": None}
+    plain = llama3.rope_frequencies(config_of(tmp_path, **sizes))
+    scaled = llama3.rope_frequencies(config_of(tmp_path, **sizes, use_scaled_rope=True))
+    expected = torch.stack([scaled_frequency(f, factor=factor) for f in plain])
+    assert torch.equal(scaled, expected)
+    assert (scaled == plain).any()
+    assert (scaled == plain / factor).any()
+    assert ((scaled < plain) & (scaled > plain / factor)).any()
+
+
+def test_rope_scaling_factor_is_taken_from_params_json_where_it_is_given(tmp_path):
+    sizes = {"dim": 4096, "n_heads": 32, "n_kv_heads": 8, "use_scaled_rope": True}
+    config = config_of(tmp_path, **sizes, rope_scaling_factor=16)
+    plain = llama3.rope_frequencies(config._replace(use_scaled_rope=False))
+    assert llama3.rope_frequencies(config)[-1] == plain[-1] / 16
+
+
+def test_rotated_scores_depend_only_on_how_far_apart_two_positions_are(demo_config):
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 1, demo_config.head_dim, generator=generator)
+
+    def score(i, j):
+        positions = llama3.rope_rotations(torch.tensor([i, j]), demo_config)
+        return (llama3.rotate(q, positions[:1]) @ llama3.rotate(k, positions[1:]).T).item()
+
+    assert score(7, 3) == pytest.approx(score(107, 103), abs=1e-4)
+    assert abs(score(7, 3) - score(7, 4)) > 1e-2
+
+
+def test_rms_norm_is_its_closed_form():
+    x = torch.tensor([[3.0, -4.0]])
+    weight = torch.tensor([2.0, 10.0])
+    mean_square = (9 + 16) / 2
+    expected = [3 / np.sqrt(mean_square) * 2, -4 / np.sqrt(mean_square) * 10]
+    assert llama3.rms_norm(x, weight, 0.0)[0].tolist() == pytest.approx(expected)
+
+
+def test_no_token_sees_the_ones_after_it(tmp_path):
+    config = config_of(tmp_path)
+    weights = random_weights(config)
+    tokens = random_tokens(config, 20)
+    changed = tokens.clone()
+    changed[11:] = random_tokens(config, 9, seed=1)
+    before, after = (llama3.forward(t, weights, config) for t in (tokens, changed))
+    assert torch.equal(before[:11], after[:11])
+    assert not torch.equal(before[11:], after[11:])
+
+
+# --- one function for every use -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 3e-5), (torch.bfloat16, 2e-2)], ids=str
+)
+@pytest.mark.parametrize("size", SIZES[:5], ids=str)
+def test_cached_decode_agrees_with_the_whole_sequence(tmp_path, size, dtype, tolerance):
+    config = config_of(tmp_path, **size)
+    weights = random_weights(config, dtype)
+    tokens = random_tokens(config, 2, 24)
+    whole = llama3.forward(tokens, weights, config)
+    cache = llama3.new_cache(weights, config, 40, batch=(2,))
+    steps = [10, 1, 1, 5, 1, 6]  # prefill, decode, and a prefill that goes on where those ended
+    start = 0
+    for length in steps:
+        positions = torch.arange(start, start + length)
+        part = tokens[:, start : start + length]
+        logits = llama3.forward(part, weights, config, positions=positions, cache=cache)
+        assert apart(logits, whole[:, start : start + length]) < tolerance
+        start += length
+    assert start == 24
+
+
+def test_part_of_a_cache_serves_like_a_cache_of_that_length(tmp_path):
+    config = config_of(tmp_path)
+    weights = random_weights(config)
+    tokens = random_tokens(config, 8)
+    exact = llama3.new_cache(weights, config, 8)
+    longer = llama3.new_cache(weights, config, 50)
+    expected = llama3.forward(tokens, weights, config, cache=exact)
+    logits = llama3.forward(tokens, weights, config, cache=longer[..., :8, :])
+    assert torch.equal(logits, expected)
+    assert torch.equal(longer[..., :8, :], exact)
+    assert not longer[..., 8:, :].any()
+
+
+def test_a_batch_gives_what_each_sequence_gives_alone(tmp_path):
+    config = config_of(tmp_path)
+    weights = random_weights(config)
+    tokens = random_tokens(config, 3, 17)
+    batch = llama3.forward(tokens, weights, config)
+    for row, logits in zip(tokens, batch, strict=True):
+        assert apart(logits, llama3.forward(row, weights, config)) < 1e-5
+
+
+def test_more_than_one_batch_dimension_is_allowed(tmp_path):
+    config = config_of(tmp_path)
+    weights = random_weights(config)
+    tokens = random_tokens(config, 6, 5)
+    flat = llama3.forward(tokens, weights, config)
+    nested = llama3.forward(tokens.view(2, 3, 5), weights, config)
+    assert apart(nested.flatten(0, 1), flat) < 1e-5
+
+
+def test_positions_may_start_anywhere_without_a_cache(tmp_path):
+    config = config_of(tmp_path)
+    weights = random_weights(config)
+    tokens = random_tokens(config, 9)
+    there = llama3.forward(tokens, weights, config, positions=torch.arange(500, 509))
+    assert apart(there, llama3.forward(tokens, weights, config)) < 1e-4  # scores are relative
+
+
+def test_every_weight_gets_the_gradient_that_finite_differences_give(tmp_path):
+    config = config_of(tmp_path, dim=8, n_heads=2, n_kv_heads=1, vocab_size=11, multiple_of=4)
+    weights = random_weights(config)
+    tokens = random_tokens(config, 2, 6)
+
+    def loss():
+        logits = llama3.forward(tokens[:, :-1], weights, config)
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+    for weight in weights.values():
+        weight.requires_grad_()
+    loss().backward()
+    generator = torch.Generator().manual_seed(1)
+    for name, weight in weights.items():
+        direction = torch.randn(weight.shape, generator=generator)
+        with torch.no_grad():
+            weight += 1e-3 * direction
+            above = loss()
+            weight -= 2e-3 * direction
+            below = loss()
+            weight += 1e-3 * direction
+        slope = ((above - below) / 2e-3).item()
+        assert (weight.grad * direction).sum().item() == pytest.approx(slope, abs=2e-3), name
+
+
+def test_the_model_has_no_module_and_no_fused_attention():
+    source = (DEMO.parent / "llama3.py").read_text()
+    for name in ("nn.Module", "nn.Linear", "nn.Embedding", "scaled_dot_product", "F.linear"):
+        assert name not in source
