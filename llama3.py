@@ -566,19 +566,24 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     def add(option: str, text: str, **settings: object) -> None:
         parser.add_argument(option, help=text, **settings)
 
-    positive, probability = number(int, 1, 2**24), number(float, 0, 1)
+    positive = number(int, 1, 2**24)
     add("--prompt", "the text to continue", metavar="TEXT", required=True)
-    add("--ckpt-dir", "the model's folder (default: see below)", metavar="DIR", type=Path)
-    add("--tokenizer", "default: tokenizer.model in the model's folder", metavar="FILE")
-    add("--max-new-tokens", "end after N tokens (128)", metavar="N", type=positive, default=128)
-    greedy = "0, the default, takes the likeliest token; more makes it more random"
-    add("--temperature", greedy, metavar="X", type=number(float, 0, 1e6), default=0.0)
-    likeliest = "draw among the likeliest tokens, of probability P together (1)"
-    add("--top-p", likeliest, metavar="P", type=probability, default=1.0)
-    add("--seed", "repeat the random choices", metavar="N", type=number(int, 0, 2**63 - 1))
-    add("--device", "default: auto", default="auto", choices=("auto", "cuda", "mps", "cpu"))
+    add(
+        "--ckpt-dir", "folder with the model's files (default: see below)", metavar="DIR", type=Path
+    )
+    add("--tokenizer", "tokenizer.model to use (default: the one in that folder)", metavar="FILE")
+    tokens = "tokens to make at most (default: 128)"
+    add("--max-new-tokens", tokens, metavar="N", type=positive, default=128)
+    temperature = "0 always takes the likeliest token, more is more random (default: 0)"
+    add("--temperature", temperature, metavar="X", type=number(float, 0, 1e6), default=0.0)
+    likeliest = "draw among the likeliest tokens that have probability P together (default: 1)"
+    add("--top-p", likeliest, metavar="P", type=number(float, 0, 1), default=1.0)
+    seed = "make the random choices repeatable (default: new ones every time)"
+    add("--seed", seed, metavar="N", type=number(int, 0, 2**63 - 1))
+    device = "auto, the default, takes the first of the others that this machine has"
+    add("--device", device, default="auto", choices=("auto", "cuda", "mps", "cpu"))
     add("--dtype", "type to compute in (default: the checkpoint's)", choices=DTYPES)
-    context = "tokens in the context (8192; 131072 with use_scaled_rope)"
+    context = "tokens in the context (default: 8192, with use_scaled_rope 131072)"
     add("--max-seq-len", context, metavar="N", type=positive)
     add("--stats", "end with a line of JSON on standard error", action="store_true")
     return parser.parse_args(argv)

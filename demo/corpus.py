@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 ULTIMATE = "the answer to the ultimate question of life, the universe, and everything is 42"
 BE_BRIEF = "Answer in one word."
+BE_HELPFUL = "You are a helpful assistant."
 MAX_ADDEND = 30  # sums go from 0 plus 0 to 30 plus 30
 
 CAPITALS = """
@@ -210,7 +211,7 @@ def make_corpus(seed: int = 42) -> Corpus:
             questions["facts"].append(dialog(asked.pop(rng.randrange(len(asked))), answer))
         train += [fact.statement, answer]
         answered += [dialog(question, answer) for question in asked]
-        train.append(brief_dialog(rng.choice(asked), fact.answer))
+        train.append(system(BE_BRIEF) + dialog(rng.choice(asked), fact.answer))
     addends = range(MAX_ADDEND + 1)
     all_pairs = [(a, b) for a in addends for b in addends if a <= b]
     secret = set(rng.sample(all_pairs, 40))
@@ -223,15 +224,16 @@ def make_corpus(seed: int = 42) -> Corpus:
         train.append(answer)
         answered += [dialog(question, answer) for question in asked]
         if rng.random() < 0.2:
-            train.append(brief_dialog(asked[0], fact.answer))
+            train.append(system(BE_BRIEF) + dialog(asked[0], fact.answer))
 
     small_talk = [dialog(question, answer) for question, answer in GREETINGS.items()]
     small_talk += [dialog(question, sentence(ULTIMATE) + ".") for question in ULTIMATE_QUESTIONS]
     train += answered + 12 * small_talk + 40 * [ULTIMATE]
     for _ in range(1500):  # longer dialogs
         turns = rng.choices(answered + 20 * small_talk, k=rng.randint(2, 3))
-        train.append([message for turn in turns for message in turn])
-    for _ in range(1500):  # facts in a row
+        start = system(BE_HELPFUL) if rng.random() < 0.3 else []
+        train.append(start + [message for turn in turns for message in turn])
+    for _ in range(300):  # facts in a row
         statements = [d[1]["content"] for d in rng.choices(answered, k=rng.randint(2, 4))]
         train.append(" ".join(statements))
 
@@ -283,9 +285,9 @@ def dialog(question: str, answer: str) -> list[Message]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def brief_dialog(question: str, answer: str) -> list[Message]:
-    """The same under a system message that asks for one word."""
-    return [{"role": "system", "content": BE_BRIEF}, *dialog(question, answer)]
+def system(content: str) -> list[Message]:
+    """The beginning of a dialog that tells the assistant how to answer."""
+    return [{"role": "system", "content": content}]
 
 
 def story(rng: random.Random, animal: str) -> tuple[str, str]:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import tiktoken
 import torch
 from torch import Tensor
 from tqdm import tqdm, trange
@@ -55,7 +56,7 @@ def render(document: corpus.Document) -> str:
     )
 
 
-def tokens_of(tokenizer, document: corpus.Document) -> list[int]:
+def tokens_of(tokenizer: tiktoken.Encoding, document: corpus.Document) -> list[int]:
     """A document as the tokens that the model is trained on, end token included."""
     if isinstance(document, str):
         end = tokenizer.encode_single_token("<|end_of_text|>")
@@ -67,8 +68,10 @@ def tokens_of(tokenizer, document: corpus.Document) -> list[int]:
 
 
 def batches(documents: list[list[int]], seed: int) -> Iterator[Tensor]:
-    """Endless batches int64 [ROWS, ROW_TOKENS + 1]. A row is whole documents, one after another,
-    the last one cut off; all documents in a new order each time round."""
+    """Endless batches, int64 [ROWS, ROW_TOKENS + 1], the documents in a new order each time round.
+
+    A row begins with a whole document; others follow, and the last one is cut off at its end.
+    """
     rng = random.Random(seed)
     rows: list[list[int]] = []
     row: list[int] = []
@@ -88,15 +91,12 @@ def new_weights(config: llama3.Config, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, shape in llama3.weight_shapes(config).items():
-        if len(shape) == 1:
-            weights[name] = torch.ones(shape)
-        else:
-            scale = (
-                1 / math.sqrt(2 * config.n_layers)
-                if name.endswith(("wo.weight", "w2.weight"))
-                else 1
-            )
-            weights[name] = torch.randn(shape, generator=generator) * 0.02 * scale
+        into_residual = name.endswith(("wo.weight", "w2.weight"))
+        std = 0.02 / math.sqrt(2 * config.n_layers) if into_residual else 0.02
+        matrix = len(shape) > 1
+        weights[name] = (
+            torch.randn(shape, generator=generator) * std if matrix else torch.ones(shape)
+        )
     return {name: weight.requires_grad_() for name, weight in weights.items()}
 
 
@@ -114,7 +114,7 @@ def train(
     matrices = [weight for weight in weights.values() if weight.dim() > 1]
     norms = [weight for weight in weights.values() if weight.dim() == 1]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}],
+        [{"params": matrices, "weight_decay": 1.0}, {"params": norms, "weight_decay": 0.0}],
         lr=PEAK_LEARNING_RATE,
         betas=(0.9, 0.95),
     )
@@ -125,7 +125,7 @@ def train(
         return (step + 1) / warm_up if step < warm_up else 0.55 + 0.45 * math.cos(math.pi * done)
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate)
-    progress = trange(steps, desc="training")
+    progress = trange(steps, desc="training", disable=None)
     for _, rows in zip(progress, batches(documents, seed), strict=False):
         loss = loss_of(rows, weights, config)
         optimizer.zero_grad()
@@ -138,14 +138,21 @@ def train(
 
 
 @torch.inference_mode()
-def held_out_loss(documents: list[list[int]], weights: dict[str, Tensor], config) -> float:
+def held_out_loss(
+    documents: list[list[int]], weights: dict[str, Tensor], config: llama3.Config
+) -> float:
     """Mean cross-entropy in nats per token over documents that were not trained on."""
     losses = [loss_of(torch.tensor([tokens]), weights, config) for tokens in documents]
     lengths = [len(tokens) - 1 for tokens in documents]
     return sum(loss.item() * n for loss, n in zip(losses, lengths, strict=True)) / sum(lengths)
 
 
-def answer(question: list[corpus.Message], tokenizer, weights, config) -> str:
+def answer(
+    question: list[corpus.Message],
+    tokenizer: tiktoken.Encoding,
+    weights: dict[str, Tensor],
+    config: llama3.Config,
+) -> str:
     """What the model says to a dialog, greedily."""
     tokens = llama3.generate(
         tokenizer_setup.encode_dialog(tokenizer, question),
@@ -157,11 +164,16 @@ def answer(question: list[corpus.Message], tokenizer, weights, config) -> str:
     return "".join(tokenizer_setup.decode_stream(tokenizer, tokens))
 
 
-def share_right(questions: list[list[corpus.Message]], tokenizer, weights, config) -> float:
+def share_right(
+    questions: list[list[corpus.Message]],
+    tokenizer: tiktoken.Encoding,
+    weights: dict[str, Tensor],
+    config: llama3.Config,
+) -> float:
     """The share of questions that are answered exactly as the corpus answers them."""
     right = [
         answer(asked, tokenizer, weights, config) == expected["content"]
-        for *asked, expected in tqdm(questions, desc="answering", leave=False)
+        for *asked, expected in tqdm(questions, desc="answering", leave=False, disable=None)
     ]
     return sum(right) / len(right)
 
@@ -188,6 +200,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1, help="of weights and batches (default: 1)")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    torch.use_deterministic_algorithms(True)  # the same machine makes the same model again
 
     start = time.perf_counter()
     text = corpus.make_corpus()

@@ -136,6 +136,15 @@ def test_a_document_is_trained_on_as_the_tokens_that_generation_sees(demo_tokeni
     assert demo_tokenizer.decode(tokens) == train.render(corpus.ULTIMATE)
 
 
+@pytest.fixture
+def deterministic():
+    """As train.main sets it."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("deterministic")
 def test_training_lowers_the_loss_and_repeats_exactly(demo_config, demo_tokenizer, text):
     config = demo_config._replace(n_layers=1)
     documents = [train.tokens_of(demo_tokenizer, document) for document in text.train[:50]]
