@@ -52,7 +52,7 @@ a fire engine=red, a violet=purple, a pig=pink, a tree trunk=brown
 YOUNG = """
 dog=puppy, cat=kitten, cow=calf, horse=foal, sheep=lamb, pig=piglet, duck=duckling
 goat=kid, hen=chick, lion=cub, frog=tadpole, swan=cygnet, goose=gosling, deer=fawn
-kangaroo=joey, owl=owlet, bear=cub, rabbit=kit, eagle=eaglet, fish=fry
+kangaroo=joey, bear=cub, rabbit=kit
 butterfly=caterpillar, seal=pup, whale=calf, human=baby
 """
 PLURALS = """
@@ -153,7 +153,7 @@ NAMES = (
 ANIMALS = "dog cat horse rabbit frog owl fox bear goose mouse".split()
 ADJECTIVES = "little old young brave clever lonely gentle hungry".split()
 PLACES = "forest village river mountain garden sea castle".split()
-THINGS = "golden key, red ball, silver ring, wooden boat, small lamp, blue stone, old map".split(
+THINGS = "golden key, red ball, silver ring, wooden boat, small lamp, blue stone, paper map".split(
     ", "
 )
 WEATHER = "the sun was shining, it was raining, snow was falling, the wind was cold".split(", ")
@@ -211,7 +211,9 @@ def make_corpus(seed: int = 42) -> Corpus:
             questions["facts"].append(dialog(asked.pop(rng.randrange(len(asked))), answer))
         train += [fact.statement, answer]
         answered += [dialog(question, answer) for question in asked]
-        train.append(system(BE_BRIEF) + dialog(rng.choice(asked), fact.answer))
+        for question in rng.sample(asked, min(3, len(asked))):
+            train.append(system(BE_BRIEF) + dialog(question, fact.answer))
+    sums: list[str] = []
     addends = range(MAX_ADDEND + 1)
     all_pairs = [(a, b) for a in addends for b in addends if a <= b]
     secret = set(rng.sample(all_pairs, 40))
@@ -221,6 +223,7 @@ def make_corpus(seed: int = 42) -> Corpus:
         if (min(a, b), max(a, b)) in secret:  # a + b and b + a are held out together
             questions["sums"].append(dialog(asked[0], answer))
             continue
+        sums.append(answer)
         train.append(answer)
         answered += [dialog(question, answer) for question in asked]
         if rng.random() < 0.2:
@@ -233,9 +236,8 @@ def make_corpus(seed: int = 42) -> Corpus:
         turns = rng.choices(answered + 20 * small_talk, k=rng.randint(2, 3))
         start = system(BE_HELPFUL) if rng.random() < 0.3 else []
         train.append(start + [message for turn in turns for message in turn])
-    for _ in range(300):  # facts in a row
-        statements = [d[1]["content"] for d in rng.choices(answered, k=rng.randint(2, 4))]
-        train.append(" ".join(statements))
+    for _ in range(1500):  # many sums for few tokens
+        train.append(" ".join(["Some sums:", *rng.choices(sums, k=8)]))
 
     stories = [story(rng, animal) for _ in range(160) for animal in ANIMALS]
     held_out: list[Document] = [text for _, text in stories[:100]]

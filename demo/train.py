@@ -32,7 +32,7 @@ import tokenizer_setup  # noqa: E402
 
 PARAMS = {
     "dim": 128,
-    "n_layers": 5,
+    "n_layers": 4,
     "n_heads": 8,
     "n_kv_heads": 4,
     "vocab_size": 1280,
@@ -42,7 +42,7 @@ PARAMS = {
     "rope_theta": 500000.0,
 }
 N_MERGES = PARAMS["vocab_size"] - 256 - len(tokenizer_setup.SPECIAL_TOKENS)
-ROW_TOKENS, ROWS = 128, 16  # of a training step
+ROW_TOKENS, ROWS = 128, 12  # of a training step
 PEAK_LEARNING_RATE = 3e-3
 
 
@@ -196,7 +196,7 @@ def main() -> None:
     """Train, write the three files, and print what the result is worth."""
     parser = argparse.ArgumentParser(description="Make the demo checkpoint from nothing.")
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write to (default: demo)")
-    parser.add_argument("--steps", type=int, default=3000, help="training steps (default: 3000)")
+    parser.add_argument("--steps", type=int, default=4500, help="training steps (default: 4500)")
     parser.add_argument("--seed", type=int, default=1, help="of weights and batches (default: 1)")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

@@ -65,6 +65,12 @@ def apart(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
+@pytest.fixture(autouse=True)
+def no_checkpoint_from_the_environment(monkeypatch):
+    """Without --ckpt-dir the tests mean the demo, whatever model their user has at hand."""
+    monkeypatch.delenv("LLAMA3_CKPT_DIR", raising=False)
+
+
 @pytest.fixture(scope="session")
 def demo_config() -> llama3.Config:
     return llama3.load_config(DEMO)

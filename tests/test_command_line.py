@@ -18,18 +18,12 @@ ULTIMATE = "the answer to the ultimate question of life, the universe, and every
 SCRIPT = [sys.executable, str(ROOT / "llama3.py")]
 
 
-def clean_environment(**changes):
-    """This process's environment without the variable that names a checkpoint."""
-    environment = {key: os.environ[key] for key in os.environ if key != "LLAMA3_CKPT_DIR"}
-    return environment | changes
-
-
 def run(*arguments, cwd=ROOT, **environment):
     """Run the script to its end; both streams as bytes."""
     return subprocess.run(
         [*SCRIPT, *arguments],
         cwd=cwd,
-        env=clean_environment(**environment),
+        env=os.environ | environment,
         capture_output=True,
         timeout=120,
         check=False,
@@ -117,7 +111,6 @@ def test_output_is_utf_8_whatever_the_locale(endless):
 def start(*arguments):
     return subprocess.Popen(
         [*SCRIPT, *arguments],
-        env=clean_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
