@@ -577,7 +577,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     tokens = "tokens to make at most (default: 128)"
     add("--max-new-tokens", tokens, metavar="N", type=positive, default=128)
     temperature = "0 always takes the likeliest token, more is more random (default: 0)"
-    add("--temperature", temperature, metavar="X", type=number(float, 0, 1e6), default=0.0)
+    add("--temperature", temperature, metavar="X", type=number(float, 0, 10**6), default=0.0)
     likeliest = "draw among the likeliest tokens that have probability P together (default: 1)"
     add("--top-p", likeliest, metavar="P", type=number(float, 0, 1), default=1.0)
     seed = "make the random choices repeatable (default: new ones every time)"
@@ -648,6 +648,8 @@ def run(args: argparse.Namespace) -> int:
 
 def stream(texts: Iterable[str]) -> int:
     """Write `texts` to standard output as they come, and nothing else; returns the exit status."""
+    if sys.stdout is None:
+        refuse("standard output is closed, so there is nowhere to write to")
     sys.stdout.reconfigure(encoding="utf-8")
     status = 0
     try:

@@ -151,6 +151,15 @@ def test_a_full_disk_is_told_in_one_line(endless):
     )
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
+def test_a_closed_standard_output_is_refused(endless):
+    command = f"'{SCRIPT[0]}' '{SCRIPT[1]}' --ckpt-dir '{endless}' --prompt a >&-"
+    result = subprocess.run(command, shell=True, stderr=subprocess.PIPE, timeout=120, check=False)
+    assert result.returncode == 2
+    assert result.stderr.startswith(b"llama3.py: error: standard output is closed")
+    assert result.stderr.count(b"\n") == 1
+
+
 # --- which checkpoint -----------------------------------------------------------------------------
 
 
