@@ -93,11 +93,9 @@ def load_config(ckpt_dir: str | os.PathLike) -> Config:
     Raises CheckpointError; it names the key whose value is missing or impossible.
     """
     path = _checkpoint_file(ckpt_dir, "params.json")
+    content = _read(path)
     try:
-        content = path.read_bytes()
         params = json.loads(content)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         found = describe_file(content) or f"no JSON: {one_line(error)}"
         raise CheckpointError(f"{path}: found {found}; expected a JSON object") from None
@@ -134,17 +132,26 @@ def load_config(ckpt_dir: str | os.PathLike) -> Config:
 def _checkpoint_file(ckpt_dir: str | os.PathLike, name: str) -> Path:
     """The path of `name` in `ckpt_dir`, or a CheckpointError that says what is there instead."""
     folder = Path(ckpt_dir)
-    if (folder / name).is_file():
+    if os.path.isfile(folder / name):
         return folder / name
-    found = f"has no {name}" if folder.is_dir() else "no such folder"
-    if (folder / "original" / name).is_file():
+    found = f"has no {name}" if os.path.isdir(folder) else "no such folder"
+    if os.path.isfile(folder / "original" / name):
         found += " (but its folder 'original' has: use that one)"
-    elif (folder / "config.json").is_file():
+    elif os.path.isfile(folder / "config.json"):
         found += " (it is a Hugging Face checkpoint)"
     raise CheckpointError(
         f"{folder}: {found}; needed is a folder with Meta's params.json, consolidated.00.pth and "
         "tokenizer.model"
     )
+
+
+def _read(path: Path, size: int = -1) -> bytes:
+    """The first `size` bytes of a file, by default all of them."""
+    try:
+        with path.open("rb") as file:
+            return file.read(size)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 # --- 2. Weights -----------------------------------------------------------------------------------
@@ -194,8 +201,7 @@ def load_weights(
         with warnings.catch_warnings(action="ignore"):
             weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged file can fail anywhere in the unpickler
-        with path.open("rb") as file:
-            found = describe_file(file.read(4096)) or one_line(error)
+        found = describe_file(_read(path, 4096)) or one_line(error)
         raise CheckpointError(
             f"{path}: not a PyTorch checkpoint of plain tensors, or not all of it: found {found}; "
             "download it again"

@@ -153,6 +153,21 @@ def test_folders_that_are_not_there_or_hold_something_else_are_told_apart(tmp_pa
     assert "its folder 'original'" in refusal(llama3.load_config, tmp_path)
 
 
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs Linux's /proc")
+def test_a_file_that_cannot_be_read_is_refused(checkpoint):
+    folder, config, _ = checkpoint
+    for name in ("params.json", "consolidated.00.pth"):
+        (folder / name).unlink()
+        (folder / name).symlink_to("/proc/self/mem")  # reading it at 0 is an input/output error
+    assert "params.json: cannot be read" in refusal(llama3.load_config, folder)
+    assert "consolidated.00.pth: cannot be read" in refusal(llama3.load_weights, folder, config)
+
+
+def test_a_name_that_no_folder_can_have_is_refused():
+    for name in ("x" * 5000, "a\0b"):
+        assert "no such folder" in refusal(llama3.load_config, name)
+
+
 # --- consolidated.00.pth --------------------------------------------------------------------------
 
 
