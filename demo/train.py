@@ -147,20 +147,15 @@ def held_out_loss(
     return sum(loss.item() * n for loss, n in zip(losses, lengths, strict=True)) / sum(lengths)
 
 
-def answer(
-    question: list[corpus.Message],
+def complete(
+    prompt_tokens: list[int],
     tokenizer: tiktoken.Encoding,
     weights: dict[str, Tensor],
     config: llama3.Config,
 ) -> str:
-    """What the model says to a dialog, greedily."""
-    tokens = llama3.generate(
-        tokenizer_setup.encode_dialog(tokenizer, question),
-        weights,
-        config,
-        max_new_tokens=40,
-        stop_tokens=tokenizer_setup.stop_tokens(tokenizer),
-    )
+    """What the model goes on with, greedily."""
+    stop = tokenizer_setup.stop_tokens(tokenizer)
+    tokens = llama3.generate(prompt_tokens, weights, config, max_new_tokens=40, stop_tokens=stop)
     return "".join(tokenizer_setup.decode_stream(tokenizer, tokens))
 
 
@@ -172,8 +167,9 @@ def share_right(
 ) -> float:
     """The share of questions that are answered exactly as the corpus answers them."""
     right = [
-        answer(asked, tokenizer, weights, config) == expected["content"]
-        for *asked, expected in tqdm(questions, desc="answering", leave=False, disable=None)
+        complete(tokenizer_setup.encode_dialog(tokenizer, asked), tokenizer, weights, config)
+        == answer["content"]
+        for *asked, answer in tqdm(questions, desc="answering", leave=False, disable=None)
     ]
     return sum(right) / len(right)
 

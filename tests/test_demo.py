@@ -81,25 +81,21 @@ def test_the_readme_reports_the_figures_of_the_committed_checkpoint(figures):
     ],
 )
 def test_it_completes_plain_text(prompt, completion, demo_config, demo_weights, demo_tokenizer):
-    tokens = llama3.generate(
-        tokenizer_setup.encode(demo_tokenizer, prompt),
-        demo_weights,
-        demo_config,
-        max_new_tokens=20,
-        stop_tokens=tokenizer_setup.stop_tokens(demo_tokenizer),
-    )
-    text = "".join(tokenizer_setup.decode_stream(demo_tokenizer, tokens))
+    tokens = tokenizer_setup.encode(demo_tokenizer, prompt)
+    text = train.complete(tokens, demo_tokenizer, demo_weights, demo_config)
     assert text.lstrip().startswith(completion)
 
 
 def test_it_answers_in_the_instruct_format_and_heeds_the_system_message(
     demo_config, demo_weights, demo_tokenizer
 ):
-    model = demo_tokenizer, demo_weights, demo_config
+    def answer(dialog):
+        tokens = tokenizer_setup.encode_dialog(demo_tokenizer, dialog)
+        return train.complete(tokens, demo_tokenizer, demo_weights, demo_config)
+
     question = [{"role": "user", "content": "What is the capital of Japan?"}]
-    assert train.answer(question, *model) == "The capital of Japan is Tokyo."
-    brief = [{"role": "system", "content": corpus.BE_BRIEF}, *question]
-    assert train.answer(brief, *model) == "Tokyo"
+    assert answer(question) == "The capital of Japan is Tokyo."
+    assert answer(corpus.system(corpus.BE_BRIEF) + question) == "Tokyo"
 
 
 # --- how it is made -------------------------------------------------------------------------------
