@@ -336,7 +336,7 @@ def attention(
     group = q.shape[-3] // k.shape[-3]
     if T == 1:
         # The queries of a group become the rows of one product, and nothing is copied: with the
-        # heads of the 8B model and L = 4096, this layer takes 1/20 of the time in bfloat16 (CPU).
+        # heads of the 8B model and L = 4096, in bfloat16 on a CPU, 20 times as fast as the copies.
         q = q.reshape(*batch, -1, group, head_dim)  # [..., n_kv_heads, group, head_dim]
     else:
         k, v = repeat_heads(k, group), repeat_heads(v, group)  # [..., n_heads, L, head_dim]

@@ -12,6 +12,7 @@ import json
 import math
 import random
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -198,27 +199,36 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     torch.use_deterministic_algorithms(True)  # the same machine makes the same model again
 
+    # The three files belong together: an interrupted run leaves those of the last one as they were.
+    with tempfile.TemporaryDirectory(dir=args.out) as folder:
+        make_checkpoint(Path(folder), args.steps, args.seed)
+        for path in Path(folder).iterdir():
+            path.replace(args.out / path.name)
+    for name, figure in evaluate(args.out).items():
+        print(f"{name}: {figure:.3f}")
+
+
+def make_checkpoint(folder: Path, steps: int, seed: int) -> None:
+    """Write tokenizer.model, params.json and consolidated.00.pth, trained from nothing."""
     start = time.perf_counter()
     text = corpus.make_corpus()
     rendered = "".join(map(render, text.train))
     merges = bpe.train_bpe(rendered, N_MERGES, tokenizer_setup.SPECIAL_TOKENS, progress=True)
-    bpe.save_tokenizer(merges, args.out / "tokenizer.model")
-    (args.out / "params.json").write_text(json.dumps(PARAMS) + "\n")
-    tokenizer = tokenizer_setup.load_tokenizer(args.out / "tokenizer.model")
-    config = llama3.load_config(args.out)
+    bpe.save_tokenizer(merges, folder / "tokenizer.model")
+    (folder / "params.json").write_text(json.dumps(PARAMS) + "\n")
+    tokenizer = tokenizer_setup.load_tokenizer(folder / "tokenizer.model")
+    config = llama3.load_config(folder)
     documents = [tokens_of(tokenizer, document) for document in text.train]
     print(
         f"corpus: {len(documents)} documents, {len(rendered):,} characters, "
         f"{sum(map(len, documents)):,} tokens"
     )
 
-    weights = train(documents, config, args.steps, args.seed)
+    weights = train(documents, config, steps, seed)
     stored = {name: weight.to(torch.bfloat16) for name, weight in weights.items()}
-    torch.save(stored, args.out / "consolidated.00.pth")
+    torch.save(stored, folder / "consolidated.00.pth")
     size = sum(weight.numel() for weight in stored.values())
     print(f"model: {size:,} parameters, made in {time.perf_counter() - start:.0f} s")
-    for name, figure in evaluate(args.out).items():
-        print(f"{name}: {figure:.3f}")
 
 
 if __name__ == "__main__":
