@@ -301,6 +301,35 @@ def rotate(x: Tensor, rotations: Tensor) -> Tensor:
     return torch.view_as_real(pairs * rotations).flatten(-2).to(x.dtype)
 
 
+def queries_keys_values(
+    x: Tensor, weights: dict[str, Tensor], layer: int, config: Config, rotations: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What each token looks for, what it offers to be found by, and what it hands over.
+
+    x [..., T, dim], rotations [T, head_dim / 2] -> queries [..., n_heads, T, head_dim], keys and
+    values [..., n_kv_heads, T, head_dim]. Queries and keys are rotated by their positions.
+    """
+    wq, wk, wv = (weights[f"layers.{layer}.attention.w{name}.weight"] for name in "qkv")
+
+    def split_heads(y: Tensor) -> Tensor:  # [..., T, heads * head_dim] -> [..., heads, T, head_dim]
+        return y.unflatten(-1, (-1, config.head_dim)).transpose(-3, -2)
+
+    q = rotate(split_heads(x @ wq.T), rotations)
+    k = rotate(split_heads(x @ wk.T), rotations)
+    return q, k, split_heads(x @ wv.T)
+
+
+def attention_shares(q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
+    """How much of each position a query takes: softmax(q k^T / sqrt(d)) (Vaswani et al. 2017).
+
+    q [..., T, d], k [..., L, d], visible [T, L] -> [..., T, L]; each row sums to 1, and is 0 where
+    the query may not look. The softmax is computed in float32.
+    """
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    scores = scores.masked_fill(~visible, -math.inf)
+    return torch.softmax(scores.float(), dim=-1).to(q.dtype)
+
+
 def attention(
     x: Tensor,
     weights: dict[str, Tensor],
@@ -320,31 +349,22 @@ def attention(
     Grouped-query attention (Ainslie et al. 2023): n_heads / n_kv_heads neighbouring query heads
     share one head of keys and values.
     """
-    wq, wk, wv, wo = (weights[f"layers.{layer}.attention.w{name}.weight"] for name in "qkvo")
-    batch, T, head_dim = x.shape[:-2], x.shape[-2], config.head_dim
-
-    def split_heads(y: Tensor) -> Tensor:  # [..., T, heads * head_dim] -> [..., heads, T, head_dim]
-        return y.unflatten(-1, (-1, head_dim)).transpose(-3, -2)
-
-    q = rotate(split_heads(x @ wq.T), rotations)  # [..., n_heads, T, head_dim]
-    k = rotate(split_heads(x @ wk.T), rotations)  # [..., n_kv_heads, T, head_dim]
-    v = split_heads(x @ wv.T)  # [..., n_kv_heads, T, head_dim]
+    q, k, v = queries_keys_values(x, weights, layer, config, rotations)
     if cache is not None:
         k = cache[0].index_copy_(-2, positions, k)  # [..., n_kv_heads, L, head_dim]
         v = cache[1].index_copy_(-2, positions, v)
 
+    batch, T = x.shape[:-2], x.shape[-2]
     group = q.shape[-3] // k.shape[-3]
     if T == 1:
         # The queries of a group become the rows of one product, and nothing is copied: with the
         # heads of the 8B model and L = 4096, in bfloat16 on a CPU, 20 times as fast as the copies.
-        q = q.reshape(*batch, -1, group, head_dim)  # [..., n_kv_heads, group, head_dim]
+        q = q.reshape(*batch, -1, group, config.head_dim)  # [..., n_kv_heads, group, head_dim]
     else:
         k, v = repeat_heads(k, group), repeat_heads(v, group)  # [..., n_heads, L, head_dim]
-    scores = q @ k.transpose(-1, -2) / math.sqrt(head_dim)  # [..., n_heads, T, L]
-    scores = scores.masked_fill(~visible, -math.inf)
-    shares = torch.softmax(scores.float(), dim=-1).to(x.dtype)
-    heads = (shares @ v).reshape(*batch, -1, T, head_dim)  # [..., n_heads, T, head_dim]
-    return heads.transpose(-3, -2).flatten(-2) @ wo.T
+    heads = attention_shares(q, k, visible) @ v
+    heads = heads.reshape(*batch, -1, T, config.head_dim)  # [..., n_heads, T, head_dim]
+    return heads.transpose(-3, -2).flatten(-2) @ weights[f"layers.{layer}.attention.wo.weight"].T
 
 
 def repeat_heads(x: Tensor, times: int) -> Tensor:
