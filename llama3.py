@@ -1,35 +1,46 @@
 """Llama 3, from Meta's own files to the next token, with nothing but tensors and functions.
 
-To be read from top to bottom:
+    prompt = [1024, 355, 261, 32, 56, 258, 32]  # "17 plus 8 is ", as tokenizer_setup encodes it
+    config = load_config("demo")  # the constants in params.json
+    weights = load_weights("demo", config)  # the tensors in consolidated.00.pth
+    logits = forward(torch.tensor(prompt), weights, config)  # [7, vocab_size]: what may come next
+    new_tokens = list(generate(prompt, weights, config, max_new_tokens=1))  # [338], which is "25"
 
-    1. Config        the constants in params.json
-    2. Weights       the tensors in consolidated.00.pth, under Meta's own names
+Tokens go in and tokens come out; `python llama3.py --prompt TEXT` is in command_line.py. A function
+stands below those that it calls, so this file is read from top to bottom:
+
+    1. Config        the constants of a model
+    2. Weights       their names and shapes, which are Meta's own
     3. The model     embedding, RMSNorm, RoPE, attention, SwiGLU, logits
     4. Generation    one token after another, with a cache of keys and values
-    5. Command line  python llama3.py --prompt "..."
+    5. Loading       params.json and consolidated.00.pth, checked
 
-Letters in shapes: T tokens, L positions whose keys and values are attended to, dim the width of
-the model; "..." stands for any leading batch dimensions, or none.
+Letters in shapes: B batch, T tokens, L positions whose keys and values are attended to, K key and
+value heads, G query heads that share one of them, d the width of a head; "..." stands for any
+leading batch dimensions, or none. In terms of Config: K = n_kv_heads, G = n_heads / n_kv_heads,
+d = head_dim. Names that begin with an underscore are for this file alone.
 """
 
-import argparse
 import json
 import math
 import os
-import sys
-import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
-from tqdm import tqdm
 
-import tokenizer_setup
-from tokenizer_setup import CheckpointError, describe_file, one_line
+from checkpoint_files import (
+    CheckpointError,
+    Limits,
+    describe_file,
+    find_file,
+    one_line,
+    read_file,
+    read_json_object,
+)
 
 # --- 1. Config ------------------------------------------------------------------------------------
 
@@ -37,17 +48,17 @@ from tokenizer_setup import CheckpointError, describe_file, one_line
 class Config(NamedTuple):
     """The constants of a model, under the names that they have in params.json."""
 
-    dim: int
+    dim: int  # width of the vector that stands for a token
     n_layers: int
-    n_heads: int
-    n_kv_heads: int
+    n_heads: int  # heads of queries
     vocab_size: int
-    multiple_of: int
-    ffn_dim_multiplier: float | None
-    norm_eps: float
-    rope_theta: float
-    use_scaled_rope: bool
-    rope_scaling_factor: float
+    multiple_of: int  # ffn_dim is a multiple of it
+    norm_eps: float  # is added to the mean square in RMSNorm
+    rope_theta: float  # the base of RoPE's frequencies
+    n_kv_heads: int | None = None  # heads of keys and values; None: as many as n_heads
+    ffn_dim_multiplier: float | None = None
+    use_scaled_rope: bool = False  # true for Llama 3.1 and later
+    rope_scaling_factor: float = 8.0
 
     @property
     def head_dim(self) -> int:
@@ -64,105 +75,19 @@ class Config(NamedTuple):
 
     @property
     def max_seq_len(self) -> int:
-        """Tokens in the context that the model was made for: Llama 3.1 and later, or 3."""
+        """Tokens in the context: 131072 with scaled RoPE, as Llama 3.1 and later; else 8192."""
         return 131072 if self.use_scaled_rope else 8192
-
-
-# The values in params.json: their type, their limits, and whether they must be there.
-_PARAMS = {
-    "dim": (int, 1, 2**24, True),
-    "n_layers": (int, 1, 4096, True),
-    "n_heads": (int, 1, 2**24, True),
-    "n_kv_heads": (int, 1, 2**24, False),
-    "vocab_size": (int, 1, 2**24, True),
-    "multiple_of": (int, 1, 2**24, True),
-    "ffn_dim_multiplier": (float, 0.01, 100, False),
-    "norm_eps": (float, 1e-12, 1, True),
-    "rope_theta": (float, 1, 1e12, True),
-    "use_scaled_rope": (bool, False, True, False),
-    "rope_scaling_factor": (float, 1, 1e6, False),
-}
-
-
-def load_config(ckpt_dir: str | os.PathLike) -> Config:
-    """Read and check params.json in the folder `ckpt_dir`.
-
-    n_kv_heads, ffn_dim_multiplier, use_scaled_rope and rope_scaling_factor may be missing or null.
-    Keys that Config does not have are ignored.
-
-    Raises CheckpointError; it names the key whose value is missing or impossible.
-    """
-    path = _checkpoint_file(ckpt_dir, "params.json")
-    content = _read(path)
-    try:
-        params = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        found = describe_file(content) or f"no JSON: {one_line(error)}"
-        raise CheckpointError(f"{path}: found {found}; expected a JSON object") from None
-    if not isinstance(params, dict):
-        raise CheckpointError(f"{path}: found a JSON {type(params).__name__}, expected an object")
-
-    def bad(key: str, expected: str) -> CheckpointError:
-        found = one_line(json.dumps(params[key]), limit=40) if key in params else "missing"
-        return CheckpointError(f'{path}: "{key}" is {found}, expected {expected}')
-
-    values = {}
-    for key, (kind, low, high, required) in _PARAMS.items():
-        value = params.get(key)
-        if value is not None or required:
-            whole_float = kind is float and type(value) is int  # 500000 for 500000.0
-            if not (type(value) is kind or whole_float) or not low <= value <= high:
-                noun = {int: "a whole number", float: "a number", bool: "a boolean"}[kind]
-                raise bad(key, f"{noun} from {json.dumps(low)} to {json.dumps(high)}")
-        values[key] = value if value is None else kind(value)
-    if values["n_kv_heads"] is None:
-        values["n_kv_heads"] = values["n_heads"]
-    values["use_scaled_rope"] = bool(values["use_scaled_rope"])
-    if values["rope_scaling_factor"] is None:
-        # Meta's code has 8 for all models; the published 3.2 ones of 1B and 3B were made with 32.
-        values["rope_scaling_factor"] = 32.0 if values["dim"] in (2048, 3072) else 8.0
-    config = Config(**values)
-    if config.dim % config.n_heads or config.head_dim % 2:
-        raise bad("n_heads", f'a number that cuts "dim" ({config.dim}) into heads of even width')
-    if config.n_heads % config.n_kv_heads:
-        raise bad("n_kv_heads", f'a number that divides "n_heads" ({config.n_heads})')
-    return config
-
-
-def _checkpoint_file(ckpt_dir: str | os.PathLike, name: str) -> Path:
-    """The path of `name` in `ckpt_dir`, or a CheckpointError that says what is there instead."""
-    folder = Path(ckpt_dir)
-    if os.path.isfile(folder / name):
-        return folder / name
-    found = f"has no {name}" if os.path.isdir(folder) else "no such folder"
-    if os.path.isfile(folder / "original" / name):
-        found += " (but its folder 'original' has: use that one)"
-    elif os.path.isfile(folder / "config.json"):
-        found += " (it is a Hugging Face checkpoint)"
-    raise CheckpointError(
-        f"{folder}: {found}; needed is a folder with Meta's params.json, consolidated.00.pth and "
-        "tokenizer.model"
-    )
-
-
-def _read(path: Path, size: int = -1) -> bytes:
-    """The first `size` bytes of a file, by default all of them."""
-    try:
-        with path.open("rb") as file:
-            return file.read(size)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 # --- 2. Weights -----------------------------------------------------------------------------------
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Weights = dict[str, Tensor]  # under Meta's names: see weight_shapes
 
 
 def weight_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """The name and shape of every weight. A matrix is [outputs, inputs], to be used as x @ w.T."""
+    """The name and shape of every weight. A matrix is [outputs, inputs], for `linear`."""
     dim, ffn_dim, vocab_size = config.dim, config.ffn_dim, config.vocab_size
-    kv_dim = config.n_kv_heads * config.head_dim
+    kv_dim = (config.n_kv_heads or config.n_heads) * config.head_dim
     shapes = {"tok_embeddings.weight": (vocab_size, dim)}
     for layer in range(config.n_layers):
         shapes |= {
@@ -179,82 +104,22 @@ def weight_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     return shapes | {"norm.weight": (dim,), "output.weight": (vocab_size, dim)}
 
 
-def load_weights(
-    ckpt_dir: str | os.PathLike,
-    config: Config,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
-) -> dict[str, Tensor]:
-    """Load consolidated.00.pth from the folder `ckpt_dir`, under the names that it has there.
-
-    The file is mapped into memory, not read: on the CPU and in the checkpoint's own dtype
-    (dtype=None) nothing is copied, and pages come from disk when they are first used.
-
-    Raises CheckpointError unless the file holds just the weights that `config` calls for.
-    """
-    path = _checkpoint_file(ckpt_dir, "consolidated.00.pth")
-    n_files = len(list(path.parent.glob("consolidated.*.pth")))
-    if n_files > 1:
-        sharded = f"the checkpoint is split over {n_files} files, which cannot be loaded yet"
-        raise CheckpointError(f"{path.parent}: {sharded}; use a model of one consolidated.00.pth")
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a damaged file can fail anywhere in the unpickler
-        found = describe_file(_read(path, 4096)) or one_line(error)
-        raise CheckpointError(
-            f"{path}: not a PyTorch checkpoint of plain tensors, or not all of it: found {found}; "
-            "download it again"
-        ) from None
-    if problem := _problem(weights, config):
-        raise CheckpointError(f"{path}: {problem}")
-    weights = {name: tensor.detach() for name, tensor in weights.items() if name != "rope.freqs"}
-
-    device = torch.device(device)
-    stored_dtype = weights["output.weight"].dtype
-    if device.type == "cpu" and dtype in (None, stored_dtype):
-        return weights
-    total = sum(tensor.nbytes for tensor in weights.values())
-    moved = {}  # by place in the file: tied weights stand in it once and are moved once
-    with tqdm(
-        desc="loading", total=total, unit="B", unit_scale=True, delay=0.5, leave=False, disable=None
-    ) as progress:
-        for name, tensor in weights.items():
-            place = tensor.data_ptr(), tensor.shape
-            if place not in moved:
-                moved[place] = tensor.to(device=device, dtype=dtype or stored_dtype)
-            weights[name] = moved[place]
-            progress.update(tensor.nbytes)
-    return weights
-
-
-def _problem(weights: object, config: Config) -> str | None:
-    """What keeps `weights` from being just the tensors that `config` calls for, or None."""
-    if not isinstance(weights, dict):
-        return f"found a {type(weights).__name__}, expected a dictionary of tensors"
-    shapes = weight_shapes(config)
-    dtypes = set()
-    for name, shape in shapes.items():
-        tensor = weights.get(name)
-        if tensor is None:
-            return f"{name} is missing, expected a tensor of shape {[*shape]}"
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
-            return f"{name} is no dense tensor, expected one of shape {[*shape]}"
-        if tensor.shape != shape:
-            return f"{name} has shape {[*tensor.shape]}, expected {[*shape]} from params.json"
-        dtypes.add(str(tensor.dtype).removeprefix("torch."))
-    if len(dtypes) > 1 or not dtypes <= DTYPES.keys():
-        found = " and ".join(sorted(dtypes))
-        return f"the weights are of type {found}, expected one of {', '.join(DTYPES)}"
-    for name in weights.keys() - shapes.keys() - {"rope.freqs"}:
-        return f"found {one_line(repr(name), 80)}, which is no weight of a Llama 3 text model"
-    return None
-
-
 # --- 3. The model ---------------------------------------------------------------------------------
 #
 # Every cast and the order of the operations are those of Meta's reference (llama3/model.py in
 # llama-models), so that the logits of a whole sequence equal the reference's to the last bit.
+# test_logits_equal_metas_order_of_operations_to_the_last_bit in tests/test_model.py guards that:
+# anything in this section may be given another name, and nothing another order.
+
+
+def linear(x: Tensor, weights: Weights, name: str) -> Tensor:
+    """Each vector in x times the matrix `name`: the one product of activations and weights.
+
+    x [..., inputs], the weight [outputs, inputs] -> [..., outputs]. A row of the weight holds what
+    one output takes of each input, hence the transpose.
+    """
+    w = weights[f"{name}.weight"]
+    return x @ w.T
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -269,25 +134,22 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def rope_frequencies(config: Config, device: str | torch.device = "cpu") -> Tensor:
     """The angles, in radians per position, by which RoPE turns a head's pairs (Su et al. 2021).
 
-    -> float32 [head_dim / 2]. Pair i has 1 / theta^(2i / head_dim). With use_scaled_rope (Llama
-    3.1 and later), waves longer than the 8192 tokens of Llama 3's context are stretched by
-    rope_scaling_factor, those shorter than 2048 are kept, and between the two goes a blend.
+    -> float32 [d / 2]. Pair i has 1 / theta^(2i / d). With use_scaled_rope (Llama 3.1 and later),
+    waves longer than the 8192 tokens of Llama 3's context are stretched by rope_scaling_factor,
+    those shorter than 2048 are kept, and between the two goes a blend.
     """
     exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents
     if not config.use_scaled_rope:
         return frequencies
     old_context, low, high = 8192, 1, 4
-    stretched = frequencies / config.rope_scaling_factor
     wavelengths = 2 * math.pi / frequencies  # in positions
-    kept = (old_context / wavelengths - low) / (high - low)
-    blend = (1 - kept) * frequencies / config.rope_scaling_factor + kept * frequencies
-    longer_or_blend = torch.where(wavelengths > old_context / low, stretched, blend)
-    return torch.where(wavelengths < old_context / high, frequencies, longer_or_blend)
+    kept = ((old_context / wavelengths - low) / (high - low)).clamp(0, 1)  # the share left as it is
+    return (1 - kept) * frequencies / config.rope_scaling_factor + kept * frequencies
 
 
 def rope_rotations(positions: Tensor, config: Config) -> Tensor:
-    """RoPE's rotations as complex numbers of length 1: positions [T] -> [T, head_dim / 2]."""
+    """RoPE's rotations as complex numbers of length 1: positions [T] -> complex64 [T, d / 2]."""
     angles = positions.float()[:, None] * rope_frequencies(config, positions.device)
     return torch.polar(torch.ones_like(angles), angles)
 
@@ -295,44 +157,68 @@ def rope_rotations(positions: Tensor, config: Config) -> Tensor:
 def rotate(x: Tensor, rotations: Tensor) -> Tensor:
     """Turn every pair of neighbours (2i, 2i + 1) in x, read as a complex number, by its rotation.
 
-    x [..., heads, T, head_dim], rotations [T, head_dim / 2] -> [..., heads, T, head_dim].
+    x [..., heads, T, d], rotations [T, d / 2] -> [..., heads, T, d].
     """
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # [..., heads, T, head_dim / 2]
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # [..., heads, T, d / 2]
     return torch.view_as_real(pairs * rotations).flatten(-2).to(x.dtype)
 
 
 def queries_keys_values(
-    x: Tensor, weights: dict[str, Tensor], layer: int, config: Config, rotations: Tensor
+    x: Tensor, weights: Weights, layer: int, config: Config, rotations: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What each token looks for, what it offers to be found by, and what it hands over.
 
-    x [..., T, dim], rotations [T, head_dim / 2] -> queries [..., n_heads, T, head_dim], keys and
-    values [..., n_kv_heads, T, head_dim]. Queries and keys are rotated by their positions.
+    x [..., T, dim], rotations [T, d / 2] -> queries [..., n_heads, T, d], keys and values
+    [..., n_kv_heads, T, d]. Queries and keys are rotated by their positions.
     """
-    wq, wk, wv = (weights[f"layers.{layer}.attention.w{name}.weight"] for name in "qkv")
 
-    def split_heads(y: Tensor) -> Tensor:  # [..., T, heads * head_dim] -> [..., heads, T, head_dim]
-        return y.unflatten(-1, (-1, config.head_dim)).transpose(-3, -2)
+    def heads(name: str) -> Tensor:  # as many as the weight has rows for: it may be a part of it
+        y = linear(x, weights, f"layers.{layer}.attention.{name}")  # [..., T, heads * d]
+        return y.unflatten(-1, (-1, config.head_dim)).transpose(-3, -2)  # [..., heads, T, d]
 
-    q = rotate(split_heads(x @ wq.T), rotations)
-    k = rotate(split_heads(x @ wk.T), rotations)
-    return q, k, split_heads(x @ wv.T)
+    return rotate(heads("wq"), rotations), rotate(heads("wk"), rotations), heads("wv")
 
 
 def attention_shares(q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
-    """How much of each position a query takes: softmax(q k^T / sqrt(d)) (Vaswani et al. 2017).
+    """Attention weights, the share that a query takes of each position (Vaswani et al. 2017).
 
+    softmax(q k^T / sqrt(d)) under the mask `visible`, which is true where a query may look:
     q [..., T, d], k [..., L, d], visible [T, L] -> [..., T, L]; each row sums to 1, and is 0 where
-    the query may not look. The softmax is computed in float32.
+    the mask is false. The softmax is computed in float32.
     """
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
     scores = scores.masked_fill(~visible, -math.inf)
     return torch.softmax(scores.float(), dim=-1).to(q.dtype)
 
 
+def repeat_heads(x: Tensor, times: int) -> Tensor:
+    """Give every query head a copy of its keys or values: [..., K, L, d] -> [..., K * G, L, d].
+
+    times: G. In memory a token's heads lie side by side, as in Meta's reference: the order in which
+    a product sums, and so the last bit of a float32 score, depends on how its operands lie.
+    """
+    return x.transpose(-3, -2).repeat_interleave(times, dim=-2).transpose(-3, -2)
+
+
+def grouped_query_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+    """Each query head gathers values; G neighbours share one head of them (Ainslie et al. 2023).
+
+    q [..., K * G, T, d], k and v [..., K, L, d], visible [T, L] -> [..., K * G, T, d].
+    """
+    T, L = q.shape[-2], k.shape[-2]
+    group = q.shape[-3] // k.shape[-3]  # not from the config: these may be some of its heads
+    if T == L:  # a whole sequence: the reference's operations, to the last bit
+        k, v = repeat_heads(k, group), repeat_heads(v, group)  # [..., K * G, L, d]
+    else:  # a continuation: a group's queries are rows of one product, and k and v not copied
+        q = q.unflatten(-3, (-1, group)).flatten(-3, -2)  # [..., K, G * T, d]
+        visible = torch.cat([visible] * group, dim=-2)  # row g * T + t is token t's in head g
+    heads = attention_shares(q, k, visible) @ v
+    return heads.unflatten(-2, (-1, T)).flatten(-4, -3)  # [..., K * G, T, d]
+
+
 def attention(
     x: Tensor,
-    weights: dict[str, Tensor],
+    weights: Weights,
     layer: int,
     config: Config,
     rotations: Tensor,
@@ -342,49 +228,28 @@ def attention(
 ) -> Tensor:
     """Each token gathers what it needs from the tokens up to itself: x [..., T, dim] -> the same.
 
-    rotations [T, head_dim / 2]; visible [T, L] says which positions each token may look at.
-    With a cache [2, ..., n_kv_heads, L, head_dim], the tokens' keys and values are written into it
-    at `positions` [T], and all of it is attended to; without one, L = T.
-
-    Grouped-query attention (Ainslie et al. 2023): n_heads / n_kv_heads neighbouring query heads
-    share one head of keys and values.
+    rotations [T, d / 2]; visible [T, L] says which positions each token may look at.
+    With a cache [2, ..., n_kv_heads, L, d], the tokens' keys and values are written into it at
+    `positions` [T], and all of it is attended to; without one, L = T.
     """
     q, k, v = queries_keys_values(x, weights, layer, config, rotations)
     if cache is not None:
-        k = cache[0].index_copy_(-2, positions, k)  # [..., n_kv_heads, L, head_dim]
+        k = cache[0].index_copy_(-2, positions, k)  # [..., n_kv_heads, L, d]
         v = cache[1].index_copy_(-2, positions, v)
-
-    batch, T = x.shape[:-2], x.shape[-2]
-    group = q.shape[-3] // k.shape[-3]
-    if T == 1:
-        # The queries of a group become the rows of one product, and nothing is copied: with the
-        # heads of the 8B model and L = 4096, in bfloat16 on a CPU, 20 times as fast as the copies.
-        q = q.reshape(*batch, -1, group, config.head_dim)  # [..., n_kv_heads, group, head_dim]
-    else:
-        k, v = repeat_heads(k, group), repeat_heads(v, group)  # [..., n_heads, L, head_dim]
-    heads = attention_shares(q, k, visible) @ v
-    heads = heads.reshape(*batch, -1, T, config.head_dim)  # [..., n_heads, T, head_dim]
-    return heads.transpose(-3, -2).flatten(-2) @ weights[f"layers.{layer}.attention.wo.weight"].T
+    heads = grouped_query_attention(q, k, v, visible)  # [..., n_heads, T, d]
+    return linear(heads.transpose(-3, -2).flatten(-2), weights, f"layers.{layer}.attention.wo")
 
 
-def repeat_heads(x: Tensor, times: int) -> Tensor:
-    """Give every query head a copy of its keys or values: [..., K, L, d] -> [..., K * times, L, d].
-
-    In memory a token's heads lie side by side, as in Meta's reference: the order in which a
-    product sums, and so the last bit of a float32 score, depends on how its operands lie.
-    """
-    return x.transpose(-3, -2).repeat_interleave(times, dim=-2).transpose(-3, -2)
-
-
-def feed_forward(x: Tensor, weights: dict[str, Tensor], layer: int) -> Tensor:
+def feed_forward(x: Tensor, weights: Weights, layer: int) -> Tensor:
     """SwiGLU (Shazeer 2020), each token by itself: x [..., T, dim] -> [..., T, dim]."""
-    w1, w2, w3 = (weights[f"layers.{layer}.feed_forward.w{i}.weight"] for i in (1, 2, 3))
-    return (silu(x @ w1.T) * (x @ w3.T)) @ w2.T  # inside: [..., T, ffn_dim]
+    name = f"layers.{layer}.feed_forward"
+    gate = silu(linear(x, weights, f"{name}.w1"))  # [..., T, ffn_dim]
+    return linear(gate * linear(x, weights, f"{name}.w3"), weights, f"{name}.w2")
 
 
 def forward(
     tokens: Tensor,
-    weights: dict[str, Tensor],
+    weights: Weights,
     config: Config,
     *,
     positions: Tensor | None = None,
@@ -407,7 +272,7 @@ def forward(
     if cache is not None:
         key_positions = torch.arange(cache.shape[-2], device=tokens.device)
     visible = key_positions <= positions[:, None]  # [T, L]: none may look ahead
-    rotations = rope_rotations(positions, config)  # [T, head_dim / 2]
+    rotations = rope_rotations(positions, config)  # [T, d / 2]
 
     x = weights["tok_embeddings.weight"][tokens]  # [..., T, dim]
     for layer in range(config.n_layers):
@@ -421,23 +286,60 @@ def forward(
     if last_only:
         x = x[..., -1:, :]
     x = rms_norm(x, weights["norm.weight"], config.norm_eps)
-    return (x @ weights["output.weight"].T).float()
+    return linear(x, weights, "output").float()
 
 
 # --- 4. Generation --------------------------------------------------------------------------------
 
 
-def new_cache(
-    weights: dict[str, Tensor], config: Config, length: int, batch: Sequence[int] = ()
-) -> Tensor:
+def new_cache(weights: Weights, config: Config, length: int, batch: Sequence[int] = ()) -> Tensor:
     """An empty cache of keys and values for `length` positions.
 
-    -> zeros [n_layers, 2, *batch, n_kv_heads, length, head_dim], in the weights' dtype and on
-    their device; index 0 of the second dimension holds the keys, 1 the values.
+    -> zeros [n_layers, 2, *batch, n_kv_heads, length, d], in the dtype and on the device of the
+    norms; index 0 of the second dimension holds the keys, 1 the values.
     """
-    wk = weights["layers.0.attention.wk.weight"]
-    n_kv_heads = wk.shape[0] // config.head_dim
-    return wk.new_zeros(config.n_layers, 2, *batch, n_kv_heads, length, config.head_dim)
+    # Not config.n_kv_heads: the weights may be a part of the model, with some of its heads.
+    n_kv_heads = weights["layers.0.attention.wk.weight"].shape[0] // config.head_dim
+    shape = config.n_layers, 2, *batch, n_kv_heads, length, config.head_dim
+    return weights["norm.weight"].new_zeros(shape)  # norms have the type that is computed in
+
+
+SAMPLING_LIMITS = {
+    "temperature": Limits(float, 0, 10**6),
+    "top_p": Limits(float, 0, 1),
+    "seed": Limits(int, 0, 2**63 - 1),
+}
+
+
+class _SamplingFields(NamedTuple):
+    temperature: float = 0.0  # 0 takes the likeliest token, more is more random
+    top_p: float = 1.0  # draw among the likeliest tokens that have this probability together
+    seed: int | None = None  # the same seed draws the same tokens; None: new ones every time
+
+
+class Sampling(_SamplingFields):
+    """How the next token is chosen from the logits: Sampling(temperature=0.8, top_p=0.9, seed=1).
+
+    Raises ValueError, which names the value that is not within SAMPLING_LIMITS.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, *values: float | None, **named: float | None) -> "Sampling":
+        sampling = super().__new__(cls, *values, **named)
+        for name, limits in SAMPLING_LIMITS.items():
+            value = getattr(sampling, name)
+            may_be_none = cls._field_defaults[name] is None
+            if not (limits.allow(value) or (may_be_none and value is None)):
+                raise ValueError(f"{name}: found {one_line(repr(value), 40)}, expected {limits}")
+        return sampling
+
+    @classmethod
+    def _make(cls, values: Iterable[float | None]) -> "Sampling":
+        return cls(*values)  # so that _replace checks as well
+
+
+GREEDY = Sampling()  # the likeliest token, always
 
 
 def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
@@ -453,34 +355,64 @@ def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
 
 
 def sample(
-    logits: Tensor,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    generator: torch.Generator | None = None,
+    logits: Tensor, sampling: Sampling = GREEDY, generator: torch.Generator | None = None
 ) -> Tensor:
     """Choose a token: logits [vocab_size] or [B, vocab_size] -> int64 [] or [B].
 
     The likeliest at temperature 0; else drawn from softmax(logits / temperature), cut to its
-    nucleus if top_p is less than 1.
+    nucleus if top_p is less than 1. The seed is the generator's matter.
     """
-    if temperature == 0:
+    if sampling.temperature == 0:
         return logits.argmax(-1)
     logits = logits - logits.amax(-1, keepdim=True)  # so that no temperature makes inf - inf
-    probabilities = torch.softmax(logits / max(temperature, 1e-30), dim=-1)
-    if top_p < 1:
-        probabilities = nucleus(probabilities, top_p)
+    probabilities = torch.softmax(logits / max(sampling.temperature, 1e-30), dim=-1)
+    if sampling.top_p < 1:
+        probabilities = nucleus(probabilities, sampling.top_p)
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+
+
+def new_generator(seed: int | None, device: torch.device) -> torch.Generator:
+    """Random numbers of their own on `device`, different ones every time if the seed is None."""
+    generator = torch.Generator(device)
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    return generator
+
+
+@torch.inference_mode()
+def _new_tokens(
+    prompt: Tensor,
+    n_new: int,
+    weights: Weights,
+    config: Config,
+    sampling: Sampling,
+    stop_tokens: Collection[int],
+) -> Iterator[int]:
+    """The loop of `generate`: first the whole prompt (prefill), then a token a step (decode)."""
+    generator = new_generator(sampling.seed, prompt.device)
+    cache = new_cache(weights, config, len(prompt) + n_new)
+    tokens, start = prompt, 0
+    for end in range(len(prompt), len(prompt) + n_new):
+        positions = torch.arange(start, end, device=prompt.device)
+        seen = cache[..., :end, :]
+        logits = forward(tokens, weights, config, positions=positions, cache=seen, last_only=True)
+        tokens = sample(logits, sampling, generator)  # [1]
+        token = tokens.item()
+        if token in stop_tokens:
+            return
+        yield token
+        start = end
 
 
 def generate(
     prompt_tokens: Sequence[int],
-    weights: dict[str, Tensor],
+    weights: Weights,
     config: Config,
     *,
     max_new_tokens: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int | None = None,
+    sampling: Sampling = GREEDY,
     stop_tokens: Collection[int] = (),
     max_seq_len: int | None = None,
 ) -> Iterator[int]:
@@ -488,10 +420,9 @@ def generate(
 
     It ends after max_new_tokens, before the first of `stop_tokens`, or when prompt and
     completion together fill the context of max_seq_len tokens (by default config.max_seq_len).
-    For temperature and top_p see `sample`. The random numbers come from a generator of this
-    call's own: the same seed gives the same tokens; without one, every call differs.
+    The random numbers come from a generator of this call's own.
 
-    Raises ValueError for arguments out of range.
+    Raises ValueError, when called, for arguments out of range.
     """
     if max_seq_len is None:
         max_seq_len = config.max_seq_len
@@ -501,241 +432,144 @@ def generate(
         raise ValueError(f"the prompt has a token that is not in 0 to {config.vocab_size - 1}")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens is {max_new_tokens}, expected 0 or more")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}, expected 0 or more")
-    if not 0 <= top_p <= 1:
-        raise ValueError(f"top_p is {top_p}, expected 0 to 1")
-    if seed is not None and not 0 <= seed < 2**63:
-        raise ValueError(f"seed is {seed}, expected 0 to 2**63 - 1")
-
     n_new = min(max_new_tokens, max_seq_len - len(prompt_tokens))
-    device = weights["output.weight"].device
-    generator = torch.Generator(device)
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
-    tokens = torch.tensor(prompt_tokens, device=device)
-
-    @torch.inference_mode()
-    def new_tokens(tokens: Tensor) -> Iterator[int]:
-        cache = new_cache(weights, config, len(tokens) + n_new)
-        start = 0
-        for _ in range(n_new):  # first the whole prompt (prefill), then one token a step (decode)
-            end = start + len(tokens)
-            positions = torch.arange(start, end, device=device)
-            seen = cache[..., :end, :]
-            logits = forward(
-                tokens, weights, config, positions=positions, cache=seen, last_only=True
-            )
-            tokens = sample(logits, temperature, top_p, generator)  # [1]
-            token = tokens.item()
-            if token in stop_tokens:
-                return
-            yield token
-            start = end
-
-    return new_tokens(tokens)
+    prompt = torch.tensor(prompt_tokens, device=weights["norm.weight"].device)
+    return _new_tokens(prompt, n_new, weights, config, sampling, stop_tokens)
 
 
-# --- 5. Command line ------------------------------------------------------------------------------
+# --- 5. Loading -----------------------------------------------------------------------------------
 
-DEMO_DIR = Path(__file__).resolve().parent / "demo"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# For the values in params.json. They are far beyond any model, and catch a file of another kind.
+LIMITS = {
+    "dim": Limits(int, 1, 2**24),
+    "n_layers": Limits(int, 1, 4096),
+    "n_heads": Limits(int, 1, 2**24),
+    "n_kv_heads": Limits(int, 1, 2**24),
+    "vocab_size": Limits(int, 1, 2**24),
+    "multiple_of": Limits(int, 1, 2**24),
+    "ffn_dim_multiplier": Limits(float, 0.01, 100),
+    "norm_eps": Limits(float, 1e-12, 1),
+    "rope_theta": Limits(float, 1, 1e12),
+    "use_scaled_rope": Limits(bool, False, True),
+    "rope_scaling_factor": Limits(float, 1, 1e6),
+}
+
+# Which rope_scaling_factor a model was made with, by its dim, where params.json does not say so and
+# it is not the default, which Meta's code has for all: the 1B and the 3B of Llama 3.2. From the
+# config.json that Meta publishes with them; see issues 166 and 241 of meta-llama/llama-models.
+ROPE_SCALING_FACTORS = {2048: 32.0, 3072: 32.0}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status. Bad input ends the program with status 2."""
+def load_config(ckpt_dir: str | os.PathLike) -> Config:
+    """Read and check params.json in the folder `ckpt_dir`.
+
+    A key that has a default in Config may be missing or null; keys that Config does not have are
+    ignored. Without rope_scaling_factor, ROPE_SCALING_FACTORS goes before the default.
+
+    Raises CheckpointError; it names the key whose value is missing or impossible.
+    """
+    path = find_file(ckpt_dir, "params.json")
+    params = read_json_object(path)
+
+    def refuse(key: str, expected: object) -> NoReturn:
+        found = one_line(json.dumps(params[key]), limit=40) if key in params else "missing"
+        raise CheckpointError(path, f'"{key}" is {found}, expected {expected}')
+
+    values = {}
+    for key, limits in LIMITS.items():
+        value = params.get(key)
+        if value is None and key in Config._field_defaults:
+            continue
+        if not limits.allow(value):
+            refuse(key, limits)
+        values[key] = limits.kind(value)  # 500000 is 500000.0
+    values.setdefault("n_kv_heads", values["n_heads"])
+    if values["dim"] in ROPE_SCALING_FACTORS:
+        values.setdefault("rope_scaling_factor", ROPE_SCALING_FACTORS[values["dim"]])
+    config = Config(**values)
+    if config.dim % config.n_heads or config.head_dim % 2:
+        refuse("n_heads", f'a number that cuts "dim" ({config.dim}) into heads of even width')
+    if config.n_heads % config.n_kv_heads:
+        refuse("n_kv_heads", f'a number that divides "n_heads" ({config.n_heads})')
+    return config
+
+
+def check_weights(weights: object, config: Config, path: str | os.PathLike) -> None:
+    """Raise CheckpointError unless the file `path` held just the tensors that `config` calls for.
+
+    weights: what was found in it, whatever that is. An entry "rope.freqs" is allowed.
+    """
+
+    def refuse(problem: str) -> NoReturn:
+        raise CheckpointError(path, problem)
+
+    if not isinstance(weights, dict):
+        refuse(f"found a {type(weights).__name__}, expected a dictionary of tensors")
+    shapes = weight_shapes(config)
+    dtypes = set()
+    for name, shape in shapes.items():
+        tensor = weights.get(name)
+        if tensor is None:
+            refuse(f"{name} is missing, expected a tensor of shape {[*shape]}")
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            refuse(f"{name} is no dense tensor, expected one of shape {[*shape]}")
+        if tensor.shape != shape:
+            found = [*tensor.shape]
+            refuse(f"{name} has shape {found}, expected {[*shape]} from params.json")
+        dtypes.add(str(tensor.dtype).removeprefix("torch."))
+    if len(dtypes) > 1 or not dtypes <= DTYPES.keys():
+        found, expected = " and ".join(sorted(dtypes)), ", ".join(DTYPES)
+        refuse(f"the weights are of type {found}, expected one of {expected}")
+    for name in weights:
+        if name not in shapes and name != "rope.freqs":
+            found = one_line(repr(name), 80)
+            refuse(f"found {found}, which is no weight of a Llama 3 text model")
+
+
+def load_weights(
+    ckpt_dir: str | os.PathLike,
+    config: Config,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    progress: Callable[[Iterable[str]], Iterable[str]] = iter,
+) -> Weights:
+    """Load consolidated.00.pth from the folder `ckpt_dir`, under the names that it has there.
+
+    The file is mapped into memory, not read: on the CPU and in the checkpoint's own dtype
+    (dtype=None) nothing is copied, and pages come from disk when they are first used.
+
+    progress: what the names go through while their weights are loaded, tqdm.tqdm for one.
+
+    Raises CheckpointError unless the file holds just the weights that `config` calls for.
+    """
+    path = find_file(ckpt_dir, "consolidated.00.pth")
+    n_files = len(list(path.parent.glob("consolidated.*.pth")))
+    if n_files > 1:
+        sharded = f"the checkpoint is split over {n_files} files, which cannot be loaded yet"
+        raise CheckpointError(path.parent, f"{sharded}; use a model of one consolidated.00.pth")
     try:
-        return run(parse_arguments(argv))
-    except CheckpointError as error:
-        refuse(str(error))
-    except KeyboardInterrupt:
-        return 130
+        with warnings.catch_warnings(action="ignore"):  # of pickle protocols but its own
+            weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a damaged file can fail anywhere in the unpickler
+        found = describe_file(read_file(path, 4096)) or one_line(error)
+        problem = f"not a PyTorch checkpoint of plain tensors, or not all of it: found {found}"
+        raise CheckpointError(path, f"{problem}; download it again") from None
+    check_weights(weights, config, path)
 
-
-def refuse(message: str) -> NoReturn:
-    """End the program because of bad input: one line on standard error, status 2."""
-    note(f"error: {one_line(message, limit=1000)}")
-    sys.exit(2)
-
-
-def note(message: str) -> None:
-    """Tell the user something on standard error."""
-    print(f"llama3.py: {message}", file=sys.stderr)
-
-
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the options, and check each by itself."""
-
-    def number(kind: type, low: float, high: float) -> Callable[[str], float]:
-        def parse(text: str) -> float:
-            try:
-                if low <= (value := kind(text)) <= high:
-                    return value
-            except ValueError:
-                pass
-            noun = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(
-                f"found {one_line(text, 40)!r}, expected {noun} from {low} to {high}"
-            )
-
-        return parse
-
-    parser = argparse.ArgumentParser(
-        prog="llama3.py",
-        description="Continue a text with a Llama 3 model, read from its files as Meta ships them. "
-        "The completion goes to standard output, everything else to standard error.",
-        epilog="Without --ckpt-dir: the folder that the environment variable LLAMA3_CKPT_DIR "
-        "names, else Meta-Llama-3-8B in the current folder, else the small bundled demo.",
-        allow_abbrev=False,
-    )
-    parser.error = refuse
-
-    def add(option: str, text: str, **settings: object) -> None:
-        parser.add_argument(option, help=text, **settings)
-
-    positive = number(int, 1, 2**24)
-    add("--prompt", "the text to continue", metavar="TEXT", required=True)
-    add(
-        "--ckpt-dir", "folder with the model's files (default: see below)", metavar="DIR", type=Path
-    )
-    add("--tokenizer", "tokenizer.model to use (default: the one in that folder)", metavar="FILE")
-    tokens = "tokens to make at most (default: 128)"
-    add("--max-new-tokens", tokens, metavar="N", type=positive, default=128)
-    temperature = "0 always takes the likeliest token, more is more random (default: 0)"
-    add("--temperature", temperature, metavar="X", type=number(float, 0, 10**6), default=0.0)
-    likeliest = "draw among the likeliest tokens that have probability P together (default: 1)"
-    add("--top-p", likeliest, metavar="P", type=number(float, 0, 1), default=1.0)
-    seed = "make the random choices repeatable (default: new ones every time)"
-    add("--seed", seed, metavar="N", type=number(int, 0, 2**63 - 1))
-    device = "auto, the default, takes the first of the others that this machine has"
-    add("--device", device, default="auto", choices=("auto", "cuda", "mps", "cpu"))
-    add("--dtype", "type to compute in (default: the checkpoint's)", choices=DTYPES)
-    context = "tokens in the context (default: 8192, with use_scaled_rope 131072)"
-    add("--max-seq-len", context, metavar="N", type=positive)
-    add("--stats", "end with a line of JSON on standard error", action="store_true")
-    return parser.parse_args(argv)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Load the model and stream its completion of the prompt; returns the exit status."""
-    start = time.perf_counter()
-    ckpt_dir = args.ckpt_dir or default_checkpoint()
-    device = choose_device(args.device)
-    config = load_config(ckpt_dir)
-    tokenizer = tokenizer_setup.load_tokenizer(args.tokenizer or ckpt_dir / "tokenizer.model")
-    if tokenizer.n_vocab != config.vocab_size:
-        refuse(
-            f'the tokenizer has {tokenizer.n_vocab} tokens, but "vocab_size" in params.json is '
-            f"{config.vocab_size}; use the tokenizer.model that came with the weights"
-        )
-    prompt_tokens = tokenizer_setup.encode(tokenizer, args.prompt)
-    max_seq_len = args.max_seq_len or config.max_seq_len
-    room = max_seq_len - len(prompt_tokens)
-    if room < 0:
-        refuse(
-            f"the prompt has {len(prompt_tokens)} tokens, but the context only {max_seq_len}; "
-            "shorten the prompt or raise --max-seq-len"
-        )
-    if args.max_new_tokens > room:
-        note(f"the context of {max_seq_len} tokens has room for {room} new ones")
-    weights = load_weights(ckpt_dir, config, device, DTYPES.get(args.dtype))
-    load_s = time.perf_counter() - start
-
-    tokens = generate(
-        prompt_tokens,
-        weights,
-        config,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        seed=args.seed,
-        stop_tokens=tokenizer_setup.stop_tokens(tokenizer),
-        max_seq_len=max_seq_len,
-    )
-    times = [time.perf_counter()]  # of the start, then of every token
-    status = stream(tokenizer_setup.decode_stream(tokenizer, _timed(tokens, times)))
-    if args.stats:
-        if len(times) == 1:  # not one token came
-            times.append(time.perf_counter())
-        stats = {
-            "load_s": round(load_s, 4),
-            "prompt_tokens": len(prompt_tokens),
-            "prefill_s": round(times[1] - times[0], 4),
-            "decode_tokens": len(times) - 2,
-            "decode_s": round(times[-1] - times[1], 4),
-            "peak_rss_bytes": peak_rss_bytes(),
-        }
-        if device.type == "cuda":
-            stats["peak_device_bytes"] = torch.cuda.max_memory_allocated(device)
-        print(json.dumps(stats), file=sys.stderr)
-    return status
-
-
-def stream(texts: Iterable[str]) -> int:
-    """Write `texts` to standard output as they come, and nothing else; returns the exit status."""
-    if sys.stdout is None:
-        refuse("standard output is closed, so there is nowhere to write to")
-    sys.stdout.reconfigure(encoding="utf-8")
-    status = 0
-    try:
-        for text in texts:
-            sys.stdout.write(text)
-            sys.stdout.flush()
-    except KeyboardInterrupt:
-        status = 130
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's last flush
-        if not isinstance(error, BrokenPipeError):  # with which a reader says that it has enough
-            refuse(f"standard output cannot be written: {error.strerror}")
-    if sys.stdout.isatty():
-        print(flush=True)
-    return status
-
-
-def _timed(items: Iterable[int], times: list[float]) -> Iterator[int]:
-    """`items`, with the time at which each came added to `times`."""
-    for item in items:
-        times.append(time.perf_counter())
-        yield item
-
-
-def default_checkpoint() -> Path:
-    """The folder to use without --ckpt-dir; says on standard error which it is."""
-    if os.environ.get("LLAMA3_CKPT_DIR"):
-        ckpt_dir, origin = Path(os.environ["LLAMA3_CKPT_DIR"]), "from LLAMA3_CKPT_DIR"
-    elif Path("Meta-Llama-3-8B").is_dir():
-        ckpt_dir, origin = Path("Meta-Llama-3-8B"), "found in the current folder"
-    else:
-        ckpt_dir, origin = DEMO_DIR, "the small bundled demo"
-    note(f"using the model in {ckpt_dir} ({origin})")
-    return ckpt_dir
-
-
-def choose_device(name: str) -> torch.device:
-    """The device called `name`, or for "auto" the best one that this machine has."""
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    present = {"cuda": cuda, "mps": mps, "cpu": True}
-    if name == "auto":
-        name = next(kind for kind in present if present[kind])
-    if not present[name]:
-        refuse(f"argument --device: PyTorch finds no {name} device here; use --device cpu")
-    return torch.device(name)
-
-
-def peak_rss_bytes() -> int | None:
-    """The most memory that this process has had resident so far; None where it cannot be told."""
-    try:  # Linux: getrusage would also count what the parent had resident when it forked
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
-    except OSError:
-        pass
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
+    stored_dtype = weights["output.weight"].dtype
+    loaded, by_storage = {}, {}  # tied weights stand in the file once, and are converted once
+    for name in progress([name for name in weights if name != "rope.freqs"]):
+        weight = weights[name].detach()  # parameters become plain tensors
+        storage = weight.data_ptr(), weight.shape
+        if storage not in by_storage:
+            by_storage[storage] = weight.to(device=device, dtype=dtype or stored_dtype)
+        loaded[name] = by_storage[storage]
+    return loaded
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    import command_line  # which imports this file as the module llama3
+
+    raise SystemExit(command_line.main())

@@ -11,9 +11,12 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 import tiktoken
 from tiktoken.load import load_tiktoken_bpe, read_file
+
+from checkpoint_files import CheckpointError, describe_file, one_line
 
 # Text is cut into pieces by this pattern first, and merges never cross from one piece to the next:
 # contractions, words with the one character before them, numbers in threes, punctuation, white
@@ -47,56 +50,7 @@ MAX_CHARS_PER_CALL = 400_000
 MAX_CHARS_PER_RUN = 25_000
 
 
-class CheckpointError(ValueError):
-    """A file of a checkpoint is missing or not usable.
-
-    The message is one line: what was found, what is needed, what to do.
-    """
-
-
-# --- loading ------------------------------------------------------------------------------------
-
-
-def load_tokenizer(path: str | os.PathLike) -> tiktoken.Encoding:
-    """Build the tokenizer from a `tokenizer.model` in tiktoken's format.
-
-    A line of the file is a token's bytes in base64, a space, and its rank. The ranks must be
-    0, 1, 2, ... and the 256 single bytes must be among the tokens, so that any text can be encoded.
-    `path` may also be anything that blobfile opens (gs://, az://) or an http address.
-
-    Raises CheckpointError if there is no such file or it is not a complete vocabulary.
-    """
-    path = os.fspath(path)
-    try:
-        with _tiktoken_cache_off():
-            ranks = load_tiktoken_bpe(path)
-    except (FileNotFoundError, NotADirectoryError):
-        raise CheckpointError(
-            f"{path}: no such file; it should be Llama 3's tokenizer.model, which Meta ships "
-            "beside the weights"
-        ) from None
-    except ValueError as error:
-        raise _not_a_vocabulary(path, str(error)) from None
-    except Exception as error:  # a remote path can fail in any of its libraries' ways
-        raise CheckpointError(f"{path}: cannot be read: {one_line(error)}") from None
-
-    missing_ranks = set(range(len(ranks))).difference(ranks.values())
-    missing_bytes = [byte for byte in range(256) if bytes([byte]) not in ranks]
-    if b"" in ranks:
-        raise _not_a_vocabulary(path, "it lists an empty token")
-    if missing_ranks:
-        problem = f"rank {min(missing_ranks)} is missing, so there is a gap or a duplicate"
-        raise _not_a_vocabulary(path, problem)
-    if missing_bytes:
-        problem = f"{len(missing_bytes)} of the 256 single bytes are missing"
-        raise _not_a_vocabulary(path, problem)
-
-    return tiktoken.Encoding(
-        name=os.path.basename(path),
-        pat_str=SPLIT_PATTERN,
-        mergeable_ranks=ranks,
-        special_tokens={name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)},
-    )
+# --- loading --------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -114,55 +68,58 @@ def _tiktoken_cache_off() -> Iterator[None]:
             os.environ[variable] = before
 
 
-def _not_a_vocabulary(path: str, problem: str) -> CheckpointError:
+def _refuse_vocabulary(path: str, problem: str) -> NoReturn:
+    """Raise the CheckpointError for a file that can be read but is not a complete vocabulary."""
     head = read_file(path)[:4096]
     looks_like = describe_file(head)
     if head.lstrip().startswith(b"{"):
         looks_like = "JSON, such as a Hugging Face tokenizer.json"
     found = f"it looks like {looks_like}" if looks_like else one_line(problem)
-    return CheckpointError(
-        f"{path}: not a complete tiktoken vocabulary: {found}; needed is Llama 3's "
-        "tokenizer.model, lines of a base64 token and its rank"
+    needed = "Llama 3's tokenizer.model, lines of a base64 token and its rank"
+    problem = f"not a complete tiktoken vocabulary: {found}; needed is {needed}"
+    raise CheckpointError(path, problem) from None
+
+
+def load_tokenizer(path: str | os.PathLike) -> tiktoken.Encoding:
+    """Build the tokenizer from a `tokenizer.model` in tiktoken's format.
+
+    A line of the file is a token's bytes in base64, a space, and its rank. The ranks must be
+    0, 1, 2, ... and the 256 single bytes must be among the tokens, so that any text can be encoded.
+    `path` may also be anything that blobfile opens (gs://, az://) or an http address.
+
+    Raises CheckpointError if there is no such file or it is not a complete vocabulary.
+    """
+    path = os.fspath(path)
+    try:
+        with _tiktoken_cache_off():
+            ranks = load_tiktoken_bpe(path)
+    except (FileNotFoundError, NotADirectoryError):
+        expected = "it should be Llama 3's tokenizer.model, which Meta ships beside the weights"
+        raise CheckpointError(path, f"no such file; {expected}") from None
+    except ValueError as error:
+        _refuse_vocabulary(path, str(error))
+    except Exception as error:  # a remote path can fail in any of its libraries' ways
+        raise CheckpointError(path, f"cannot be read: {one_line(error)}") from None
+
+    missing_ranks = set(range(len(ranks))).difference(ranks.values())
+    missing_bytes = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if b"" in ranks:
+        _refuse_vocabulary(path, "it lists an empty token")
+    if missing_ranks:
+        problem = f"rank {min(missing_ranks)} is missing, so there is a gap or a duplicate"
+        _refuse_vocabulary(path, problem)
+    if missing_bytes:
+        _refuse_vocabulary(path, f"{len(missing_bytes)} of the 256 single bytes are missing")
+
+    return tiktoken.Encoding(
+        name=os.path.basename(path),
+        pat_str=SPLIT_PATTERN,
+        mergeable_ranks=ranks,
+        special_tokens={name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)},
     )
 
 
-def describe_file(head: bytes) -> str:
-    """What a file that begins with `head` looks like: one of the usual mix-ups, or ""."""
-    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if not head:
-        return "an empty file"
-    if text.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer (fetch the file itself with 'git lfs pull')"
-    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "a web page (the download failed or needs a login)"
-    if head.startswith(b"PK\x03\x04"):
-        return "a zip archive, such as a PyTorch checkpoint"
-    if head.startswith(b"\n") and b"<unk>" in head[:64]:
-        return "a sentencepiece model, as Llama 1 and 2 have it"
-    if head.startswith(b"\x80"):
-        return "a Python pickle"
-    return ""
-
-
-def one_line(error: object, limit: int = 200) -> str:
-    """An error's text on one line, shortened."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-# --- text to tokens -----------------------------------------------------------------------------
-
-
-def encode(tokenizer: tiktoken.Encoding, text: str, bos: bool = True) -> list[int]:
-    """Token ids of `text`, after <|begin_of_text|> if `bos`.
-
-    The text is always plain text: the characters "<|eot_id|>" in it become the tokens of those
-    characters, never the special token. Lone surrogates are encoded as U+FFFD.
-    """
-    tokens = [tokenizer.encode_single_token("<|begin_of_text|>")] if bos else []
-    for piece in _split_long(text):
-        tokens += tokenizer.encode(piece, allowed_special=set(), disallowed_special=())
-    return tokens
+# --- text to tokens -------------------------------------------------------------------------------
 
 
 def _split_long(text: str) -> Iterator[str]:
@@ -176,6 +133,18 @@ def _split_long(text: str) -> Iterator[str]:
                 yield chunk[cut:end]
                 cut = end
         yield chunk[cut:]
+
+
+def encode(tokenizer: tiktoken.Encoding, text: str, bos: bool = True) -> list[int]:
+    """Token ids of `text`, after <|begin_of_text|> if `bos`.
+
+    The text is always plain text: the characters "<|eot_id|>" in it become the tokens of those
+    characters, never the special token. Lone surrogates are encoded as U+FFFD.
+    """
+    tokens = [tokenizer.encode_single_token("<|begin_of_text|>")] if bos else []
+    for piece in _split_long(text):
+        tokens += tokenizer.encode(piece, allowed_special=set(), disallowed_special=())
+    return tokens
 
 
 def encode_dialog(tokenizer: tiktoken.Encoding, messages: Iterable[dict[str, str]]) -> list[int]:
@@ -210,7 +179,7 @@ def stop_tokens(tokenizer: tiktoken.Encoding) -> frozenset[int]:
     return frozenset(tokenizer.encode_single_token(name) for name in names)
 
 
-# --- tokens to text -----------------------------------------------------------------------------
+# --- tokens to text -------------------------------------------------------------------------------
 
 
 def decode_stream(tokenizer: tiktoken.Encoding, tokens: Iterable[int]) -> Iterator[str]:

@@ -198,80 +198,6 @@ class Corpus(NamedTuple):
     questions: dict[str, list[list[Message]]]  # "facts" and "sums": a question and its answer
 
 
-def make_corpus(seed: int = 42) -> Corpus:
-    """Make the whole corpus; the same seed gives the same one."""
-    rng = random.Random(seed)
-    train: list[Document] = []
-    questions: dict[str, list[list[Message]]] = {"facts": [], "sums": []}
-
-    answered: list[list[Message]] = []  # single questions with their answers
-    for fact in facts():
-        asked, answer = fact.questions, sentence(fact.statement)
-        if rng.random() < 0.25:
-            questions["facts"].append(dialog(asked.pop(rng.randrange(len(asked))), answer))
-        train += [fact.statement, answer]
-        answered += [dialog(question, answer) for question in asked]
-        for question in rng.sample(asked, min(3, len(asked))):
-            train.append(system(BE_BRIEF) + dialog(question, fact.answer))
-    sums: list[str] = []
-    addends = range(MAX_ADDEND + 1)
-    all_pairs = [(a, b) for a in addends for b in addends if a <= b]
-    secret = set(rng.sample(all_pairs, 40))
-    for a, b in itertools.product(addends, repeat=2):
-        fact = Fact("sum", f"{a} plus {b}", str(a + b))
-        asked, answer = rng.sample(fact.questions, 3), sentence(fact.statement)
-        if (min(a, b), max(a, b)) in secret:  # a + b and b + a are held out together
-            questions["sums"].append(dialog(asked[0], answer))
-            continue
-        sums.append(answer)
-        train.append(answer)
-        answered += [dialog(question, answer) for question in asked]
-        if rng.random() < 0.2:
-            train.append(system(BE_BRIEF) + dialog(asked[0], fact.answer))
-
-    small_talk = [dialog(question, answer) for question, answer in GREETINGS.items()]
-    small_talk += [dialog(question, sentence(ULTIMATE) + ".") for question in ULTIMATE_QUESTIONS]
-    train += answered + 12 * small_talk + 40 * [ULTIMATE]
-    for _ in range(1500):  # longer dialogs
-        turns = rng.choices(answered + 20 * small_talk, k=rng.randint(2, 3))
-        start = system(BE_HELPFUL) if rng.random() < 0.3 else []
-        train.append(start + [message for turn in turns for message in turn])
-    for _ in range(1500):  # many sums for few tokens
-        train.append(" ".join(["Some sums:", *rng.choices(sums, k=8)]))
-
-    stories = [story(rng, animal) for _ in range(160) for animal in ANIMALS]
-    held_out: list[Document] = [text for _, text in stories[:100]]
-    for animal, text in stories[100:]:
-        request = rng.choice(STORY_REQUESTS).format(animal)
-        train.append(text if rng.random() < 0.5 else dialog(request, text))
-    held_out += questions["facts"] + questions["sums"]
-    rng.shuffle(train)
-    return Corpus(train, held_out, questions)
-
-
-def facts() -> Iterator[Fact]:
-    """All facts but the sums. A word has one opposite: of two, the first in the list."""
-    opposites = dict(rows(OPPOSITES))
-    for subject, answer in rows(OPPOSITES):
-        opposites.setdefault(answer, subject)
-    numbers = [str(number) for number in range(2 * MAX_ADDEND + 1)]
-    tables = {
-        "capital": rows(CAPITALS),
-        "opposite": opposites.items(),
-        "color": rows(COLORS),
-        "young": rows(YOUNG),
-        "plural": rows(PLURALS),
-        "next": [
-            *itertools.pairwise(DAYS + DAYS[:1]),
-            *itertools.pairwise(MONTHS + MONTHS[:1]),
-            *itertools.pairwise(numbers),
-        ],
-    }
-    for kind, table in tables.items():
-        for subject, answer in table:
-            yield Fact(kind, subject, answer)
-
-
 def rows(table: str) -> list[tuple[str, str]]:
     """The (subject, answer) pairs of a word list."""
     return [tuple(row.split("=")) for row in re.split(", |\n", table.strip())]
@@ -322,3 +248,77 @@ def story(rng: random.Random, animal: str) -> tuple[str, str]:
         rng.choice(ENDINGS),
     ]
     return animal, " ".join(parts)
+
+
+def facts() -> Iterator[Fact]:
+    """All facts but the sums. A word has one opposite: of two, the first in the list."""
+    opposites = dict(rows(OPPOSITES))
+    for subject, answer in rows(OPPOSITES):
+        opposites.setdefault(answer, subject)
+    numbers = [str(number) for number in range(2 * MAX_ADDEND + 1)]
+    tables = {
+        "capital": rows(CAPITALS),
+        "opposite": opposites.items(),
+        "color": rows(COLORS),
+        "young": rows(YOUNG),
+        "plural": rows(PLURALS),
+        "next": [
+            *itertools.pairwise(DAYS + DAYS[:1]),
+            *itertools.pairwise(MONTHS + MONTHS[:1]),
+            *itertools.pairwise(numbers),
+        ],
+    }
+    for kind, table in tables.items():
+        for subject, answer in table:
+            yield Fact(kind, subject, answer)
+
+
+def make_corpus(seed: int = 42) -> Corpus:
+    """Make the whole corpus; the same seed gives the same one."""
+    rng = random.Random(seed)
+    train: list[Document] = []
+    questions: dict[str, list[list[Message]]] = {"facts": [], "sums": []}
+
+    answered: list[list[Message]] = []  # single questions with their answers
+    for fact in facts():
+        asked, answer = fact.questions, sentence(fact.statement)
+        if rng.random() < 0.25:
+            questions["facts"].append(dialog(asked.pop(rng.randrange(len(asked))), answer))
+        train += [fact.statement, answer]
+        answered += [dialog(question, answer) for question in asked]
+        for question in rng.sample(asked, min(3, len(asked))):
+            train.append(system(BE_BRIEF) + dialog(question, fact.answer))
+    sums: list[str] = []
+    addends = range(MAX_ADDEND + 1)
+    all_pairs = [(a, b) for a in addends for b in addends if a <= b]
+    secret = set(rng.sample(all_pairs, 40))
+    for a, b in itertools.product(addends, repeat=2):
+        fact = Fact("sum", f"{a} plus {b}", str(a + b))
+        asked, answer = rng.sample(fact.questions, 3), sentence(fact.statement)
+        if (min(a, b), max(a, b)) in secret:  # a + b and b + a are held out together
+            questions["sums"].append(dialog(asked[0], answer))
+            continue
+        sums.append(answer)
+        train.append(answer)
+        answered += [dialog(question, answer) for question in asked]
+        if rng.random() < 0.2:
+            train.append(system(BE_BRIEF) + dialog(asked[0], fact.answer))
+
+    small_talk = [dialog(question, answer) for question, answer in GREETINGS.items()]
+    small_talk += [dialog(question, sentence(ULTIMATE) + ".") for question in ULTIMATE_QUESTIONS]
+    train += answered + 12 * small_talk + 40 * [ULTIMATE]
+    for _ in range(1500):  # longer dialogs
+        turns = rng.choices(answered + 20 * small_talk, k=rng.randint(2, 3))
+        start = system(BE_HELPFUL) if rng.random() < 0.3 else []
+        train.append(start + [message for turn in turns for message in turn])
+    for _ in range(1500):  # many sums for few tokens
+        train.append(" ".join(["Some sums:", *rng.choices(sums, k=8)]))
+
+    stories = [story(rng, animal) for _ in range(160) for animal in ANIMALS]
+    held_out: list[Document] = [text for _, text in stories[:100]]
+    for animal, text in stories[100:]:
+        request = rng.choice(STORY_REQUESTS).format(animal)
+        train.append(text if rng.random() < 0.5 else dialog(request, text))
+    held_out += questions["facts"] + questions["sums"]
+    rng.shuffle(train)
+    return Corpus(train, held_out, questions)

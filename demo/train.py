@@ -189,25 +189,6 @@ def evaluate(ckpt_dir: Path) -> dict[str, float]:
     return figures
 
 
-def main() -> None:
-    """Train, write the three files, and print what the result is worth."""
-    parser = argparse.ArgumentParser(description="Make the demo checkpoint from nothing.")
-    parser.add_argument("--out", type=Path, default=HERE, help="folder to write to (default: demo)")
-    parser.add_argument("--steps", type=int, default=4500, help="training steps (default: 4500)")
-    parser.add_argument("--seed", type=int, default=1, help="of weights and batches (default: 1)")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    torch.use_deterministic_algorithms(True)  # the same machine makes the same model again
-
-    # The three files belong together: an interrupted run leaves those of the last one as they were.
-    with tempfile.TemporaryDirectory(dir=args.out) as folder:
-        make_checkpoint(Path(folder), args.steps, args.seed)
-        for path in Path(folder).iterdir():
-            path.replace(args.out / path.name)
-    for name, figure in evaluate(args.out).items():
-        print(f"{name}: {figure:.3f}")
-
-
 def make_checkpoint(folder: Path, steps: int, seed: int) -> None:
     """Write tokenizer.model, params.json and consolidated.00.pth, trained from nothing."""
     start = time.perf_counter()
@@ -229,6 +210,25 @@ def make_checkpoint(folder: Path, steps: int, seed: int) -> None:
     torch.save(stored, folder / "consolidated.00.pth")
     size = sum(weight.numel() for weight in stored.values())
     print(f"model: {size:,} parameters, made in {time.perf_counter() - start:.0f} s")
+
+
+def main() -> None:
+    """Train, write the three files, and print what the result is worth."""
+    parser = argparse.ArgumentParser(description="Make the demo checkpoint from nothing.")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder to write to (default: demo)")
+    parser.add_argument("--steps", type=int, default=4500, help="training steps (default: 4500)")
+    parser.add_argument("--seed", type=int, default=1, help="of weights and batches (default: 1)")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.use_deterministic_algorithms(True)  # the same machine makes the same model again
+
+    # The three files belong together: an interrupted run leaves those of the last one as they were.
+    with tempfile.TemporaryDirectory(dir=args.out) as folder:
+        make_checkpoint(Path(folder), args.steps, args.seed)
+        for path in Path(folder).iterdir():
+            path.replace(args.out / path.name)
+    for name, figure in evaluate(args.out).items():
+        print(f"{name}: {figure:.3f}")
 
 
 if __name__ == "__main__":

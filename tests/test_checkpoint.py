@@ -13,7 +13,7 @@ import torch
 from conftest import PARAMS_8B, SMALL, config_of, random_weights
 
 import llama3
-from tokenizer_setup import CheckpointError
+from checkpoint_files import CheckpointError
 
 
 def save(folder, weights):
@@ -61,6 +61,15 @@ def test_without_n_kv_heads_every_query_head_has_its_own(tmp_path, absent):
     params = {key: value for key, value in SMALL.items() if key != "n_kv_heads"} | absent
     (tmp_path / "params.json").write_text(json.dumps(params))
     assert llama3.load_config(tmp_path).n_kv_heads == SMALL["n_heads"]
+
+
+def test_a_config_made_by_hand_has_the_defaults_of_a_file_without_those_keys(tmp_path):
+    required = {key: SMALL[key] for key in REQUIRED}
+    (tmp_path / "params.json").write_text(json.dumps(required))
+    by_hand, loaded = llama3.Config(**required), llama3.load_config(tmp_path)
+    assert llama3.weight_shapes(by_hand) == llama3.weight_shapes(loaded)
+    assert by_hand._replace(n_kv_heads=loaded.n_heads) == loaded
+    assert set(llama3.LIMITS) == set(llama3.Config._fields)
 
 
 def test_unknown_keys_are_ignored_and_null_is_absent_where_a_key_is_optional(tmp_path):
@@ -208,6 +217,19 @@ def test_another_dtype_is_the_files_values_converted(checkpoint, dtype):
     loaded = llama3.load_weights(folder, config, dtype=dtype)
     for name, weight in weights.items():
         assert torch.equal(loaded[name], weight.to(dtype))
+
+
+def test_the_names_go_through_progress_while_their_weights_are_loaded(checkpoint):
+    folder, config, weights = checkpoint
+    seen = []
+
+    def progress(names):
+        for name in names:
+            seen.append(name)
+            yield name
+
+    llama3.load_weights(folder, config, progress=progress)
+    assert seen == list(weights)
 
 
 def test_tied_weights_are_converted_once(checkpoint):

@@ -11,7 +11,9 @@ import pytest
 import torch
 from conftest import DEMO, ROOT, config_of, random_weights
 
+import command_line
 import llama3
+import tokenizer_setup
 from tokenizer_setup import stop_tokens
 
 ULTIMATE = "the answer to the ultimate question of life, the universe, and everything is"
@@ -72,9 +74,8 @@ def test_stats_are_the_last_line_on_standard_error(endless):
         "decode_s",
         "peak_rss_bytes",
     }
-    tokens = llama3.tokenizer_setup.encode(
-        llama3.tokenizer_setup.load_tokenizer(DEMO / "tokenizer.model"), "Once upon"
-    )
+    tokenizer = tokenizer_setup.load_tokenizer(DEMO / "tokenizer.model")
+    tokens = tokenizer_setup.encode(tokenizer, "Once upon")
     assert stats["prompt_tokens"] == len(tokens)
     assert stats["decode_tokens"] == 8
     for name in ("load_s", "prefill_s", "decode_s"):
@@ -187,9 +188,7 @@ def test_the_checkpoint_comes_from_the_environment_the_folder_or_the_demo(tmp_pa
 
 def refused(capsys, *arguments):
     """The one line that main prints when it refuses `arguments`."""
-    with pytest.raises(SystemExit) as ended:
-        llama3.main([*arguments])
-    assert ended.value.code == 2
+    assert command_line.main([*arguments]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     *notes, line = err.splitlines()
@@ -232,6 +231,15 @@ def test_a_number_out_of_range_is_refused_by_naming_it(capsys, option, value):
     assert "expected a " in line
 
 
+@pytest.mark.parametrize("name", llama3.SAMPLING_LIMITS)
+def test_options_and_sampling_refuse_the_same_values_in_the_same_words(capsys, name):
+    option = "--" + name.replace("_", "-")
+    with pytest.raises(ValueError, match="expected") as error:
+        llama3.Sampling(**{name: -1})
+    line = refused(capsys, "--prompt", "a", option, "-1")
+    assert str(error.value) == line.replace("'-1'", "-1").replace(f"argument {option}", name)
+
+
 def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(capsys):
     line = refused(capsys, "--prompt", "a" * 100, "--max-seq-len", "10")
     assert line.startswith("the prompt has ")
@@ -270,13 +278,13 @@ def test_a_refusal_leaves_no_traceback_and_ends_with_status_2(tmp_path):
 
 @pytest.mark.parametrize("prompt", ["", " ", "\n\n", "<|eot_id|>", "漢字 🙂", "\udcff", "\x00\x1b"])
 def test_any_prompt_works(capsys, prompt):
-    assert llama3.main(["--prompt", prompt, "--max-new-tokens", "2", "--device", "cpu"]) == 0
+    assert command_line.main(["--prompt", prompt, "--max-new-tokens", "2", "--device", "cpu"]) == 0
 
 
 def test_help_names_every_option_and_fits_a_terminal(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as ended:
-        llama3.main(["--help"])
+        command_line.main(["--help"])
     assert ended.value.code == 0
     text = capsys.readouterr().out
     options = "prompt ckpt-dir tokenizer max-new-tokens temperature top-p seed device dtype"

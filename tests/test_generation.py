@@ -1,7 +1,9 @@
 """Sampling and the generation loop."""
 
 import math
+import pickle
 
+import numpy as np
 import pytest
 import torch
 from conftest import config_of, random_tokens, random_weights
@@ -44,7 +46,7 @@ def test_samples_have_the_frequencies_of_the_closed_form(temperature, top_p):
         expected = [0.1 / 0.85, 0.5 / 0.85, 0, 0.25 / 0.85, 0]
     n = 100_000
     generator = torch.Generator().manual_seed(0)
-    drawn = llama3.sample(logits.expand(n, 5), temperature, top_p, generator)
+    drawn = llama3.sample(logits.expand(n, 5), llama3.Sampling(temperature, top_p), generator)
     assert drawn.shape == (n,)
     shares = (torch.bincount(drawn, minlength=5) / n).tolist()
     for share, p in zip(shares, expected, strict=True):
@@ -57,11 +59,37 @@ def test_temperature_zero_takes_the_likeliest_token_without_any_randomness():
     assert llama3.sample(logits[0]).item() == 1
 
 
-@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-9, 1e300])
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-9, 1e6])
 def test_extreme_temperatures_still_give_a_distribution(temperature):
     logits = torch.tensor([1e4, -1e4, 9.9e3])
-    token = llama3.sample(logits, temperature, generator=torch.Generator().manual_seed(0)).item()
+    sampling, generator = llama3.Sampling(temperature), torch.Generator().manual_seed(0)
+    token = llama3.sample(logits, sampling, generator).item()
     assert token == 0 if temperature < 1 else token in (0, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("temperature", [-0.1, math.nan, math.inf, 1e7, 10**400, "hot", None, True, [1.0]]),
+        ("top_p", [-0.1, 1.1, math.nan, "x", None, False]),
+        ("seed", [-1, 2**63, 1.0, math.nan, "x", True]),
+    ],
+)
+def test_a_sampling_with_an_impossible_value_cannot_be_made(name, values):
+    for value in values:
+        for make in (llama3.Sampling, llama3.GREEDY._replace):
+            with pytest.raises(
+                ValueError, match=f"^{name}: found .*, expected a .*number from 0 to"
+            ):
+                make(**{name: value})
+
+
+def test_a_sampling_is_a_plain_record_with_defaults_that_take_the_likeliest_token():
+    assert llama3.GREEDY == llama3.Sampling() == (0.0, 1.0, None)
+    sampling = llama3.Sampling(0.7, seed=np.int64(3), top_p=np.float32(0.5))
+    assert sampling._asdict() == {"temperature": 0.7, "top_p": 0.5, "seed": 3}
+    assert sampling._replace(temperature=1) == llama3.Sampling(1, 0.5, 3)
+    assert pickle.loads(pickle.dumps(sampling)) == sampling
 
 
 # --- generation -----------------------------------------------------------------------------------
@@ -95,8 +123,8 @@ def test_the_demos_greedy_tokens_are_the_same_with_and_without_a_cache(demo_weig
 
 def test_the_same_seed_gives_the_same_tokens_and_no_seed_different_ones(model):
     def drawn(seed):
-        options = {"max_new_tokens": 40, "temperature": 1.5, "top_p": 0.95, "seed": seed}
-        return list(llama3.generate(PROMPT, *model, **options))
+        sampling = llama3.Sampling(temperature=1.5, top_p=0.95, seed=seed)
+        return list(llama3.generate(PROMPT, *model, max_new_tokens=40, sampling=sampling))
 
     assert drawn(7) == drawn(7)
     assert len({tuple(drawn(seed)) for seed in (7, 8, None, None)}) == 4
@@ -105,12 +133,16 @@ def test_the_same_seed_gives_the_same_tokens_and_no_seed_different_ones(model):
 def test_the_global_random_state_is_neither_read_nor_changed(model):
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    options = {"max_new_tokens": 20, "temperature": 1.0}
-    first = list(llama3.generate(PROMPT, *model, **options, seed=3))
-    assert list(llama3.generate(PROMPT, *model, **options)) != first
+
+    def drawn(seed):
+        sampling = llama3.Sampling(temperature=1.0, seed=seed)
+        return list(llama3.generate(PROMPT, *model, max_new_tokens=20, sampling=sampling))
+
+    first = drawn(3)
+    assert drawn(None) != first
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(2)
-    assert list(llama3.generate(PROMPT, *model, **options, seed=3)) == first
+    assert drawn(3) == first
 
 
 def test_generation_ends_before_a_stop_token(model):
@@ -162,14 +194,6 @@ def test_inference_mode_does_not_leak_into_the_code_that_takes_the_tokens(model)
         ({"prompt_tokens": [1280]}, "0 to 1279"),
         ({"prompt_tokens": [-1]}, "0 to 1279"),
         ({"max_new_tokens": -1}, "max_new_tokens"),
-        ({"temperature": -0.1}, "temperature"),
-        ({"temperature": math.nan}, "temperature"),
-        ({"temperature": math.inf}, "temperature"),
-        ({"top_p": 1.1}, "top_p"),
-        ({"top_p": -0.1}, "top_p"),
-        ({"top_p": math.nan}, "top_p"),
-        ({"seed": -1}, "seed"),
-        ({"seed": 2**64}, "seed"),
         ({"max_seq_len": 0}, "4 tokens"),
     ],
     ids=str,

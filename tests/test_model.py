@@ -212,6 +212,22 @@ def test_scaled_rope_follows_the_rule_of_llama_3_1_with_each_models_factor(tmp_p
     assert ((scaled < plain) & (scaled > plain / factor)).any()
 
 
+def test_scaled_rope_follows_the_rule_at_its_borders_and_for_any_base(tmp_path):
+    """Where one case of the rule ends, the next begins, to the last bit."""
+    config = config_of(tmp_path, dim=1024, use_scaled_rope=True)  # 128 pairs
+    for theta in (1.0, 10.0, 1e3, 1e4, 5e5, 1e6, 1e9):
+        for factor in (1.0, 8.0, 32.0, 7.3):
+            plain = llama3.rope_frequencies(
+                config._replace(use_scaled_rope=False, rope_theta=theta)
+            )
+            scaled = llama3.rope_frequencies(
+                config._replace(rope_theta=theta, rope_scaling_factor=factor)
+            )
+            assert torch.equal(
+                scaled, torch.stack([scaled_frequency(f, factor=factor) for f in plain])
+            )
+
+
 def test_rope_scaling_factor_is_taken_from_params_json_where_it_is_given(tmp_path):
     sizes = {"dim": 4096, "n_heads": 32, "n_kv_heads": 8, "use_scaled_rope": True}
     config = config_of(tmp_path, **sizes, rope_scaling_factor=16)
@@ -237,6 +253,71 @@ def test_rms_norm_is_its_closed_form():
     mean_square = (9 + 16) / 2
     expected = [3 / np.sqrt(mean_square) * 2, -4 / np.sqrt(mean_square) * 10]
     assert llama3.rms_norm(x, weight, 0.0)[0].tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3)], ids=str)
+@pytest.mark.parametrize("T", [1, 2, 5, 9])
+def test_grouped_query_attention_is_each_head_by_itself(T, batch):
+    K, G, L, d = 2, 3, 9, 4
+    generator = torch.Generator().manual_seed(T)
+    q = torch.randn(*batch, K * G, T, d, generator=generator)
+    k, v = torch.randn(2, *batch, K, L, d, generator=generator)
+    visible = torch.arange(L) <= torch.arange(L - T, L)[:, None]
+    heads = llama3.grouped_query_attention(q, k, v, visible)
+    assert heads.shape == q.shape
+    for h in range(K * G):
+        scores = q[..., h, :, :].double() @ k[..., h // G, :, :].double().mT / d**0.5
+        shares = torch.where(visible, scores.exp(), 0)
+        expected = shares / shares.sum(-1, keepdim=True) @ v[..., h // G, :, :].double()
+        assert apart(heads[..., h, :, :], expected) < 1e-5
+
+
+@pytest.mark.parametrize("T", [1, 7])
+def test_a_continuation_copies_no_keys_or_values(demo_config, demo_weights, T):
+    """No step of its attention takes as much memory as the keys have."""
+    config, L = demo_config, 4000
+    weights = {name: weight.float() for name, weight in demo_weights.items()}
+    cache = llama3.new_cache(weights, config, L + 100)[0, ..., :L, :]
+    positions = torch.arange(L - T, L)
+    visible = torch.arange(L) <= positions[:, None]
+    rotations = llama3.rope_rotations(positions, config)
+    x = torch.ones(T, config.dim)
+    with torch.profiler.profile(profile_memory=True) as profile, torch.inference_mode():
+        llama3.attention(x, weights, 0, config, rotations, visible, positions, cache)
+    taken = {event.name: event.cpu_memory_usage for event in profile.events()}
+    scores = config.n_heads * T * L * x.itemsize
+    assert taken["aten::softmax"] == scores < cache[0].nbytes  # so that a copy would be the most
+    assert max(event.cpu_memory_usage for event in profile.events()) == scores
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_matrices_meet_activations_in_linear_and_nowhere_else(
+    demo_config, demo_weights, monkeypatch, cached
+):
+    """The model is given no matrices: linear alone has them, and each is used once."""
+    tokens = random_tokens(demo_config, 2, 9)
+    expected = llama3.forward(tokens, demo_weights, demo_config)
+    matrices = [name for name, weight in demo_weights.items() if weight.dim() == 2]
+    matrices.remove("tok_embeddings.weight")  # of which rows are looked up
+    rest = {name: weight for name, weight in demo_weights.items() if name not in matrices}
+    linear, used = llama3.linear, []
+
+    def linear_with_matrices(x, weights, name):
+        used.append(f"{name}.weight")
+        return linear(x, demo_weights, name)
+
+    cache = llama3.new_cache(demo_weights, demo_config, 9, batch=(2,)) if cached else None
+    monkeypatch.setattr(llama3, "linear", linear_with_matrices)
+    assert torch.equal(llama3.forward(tokens, rest, demo_config, cache=cache), expected)
+    assert sorted(used) == sorted(matrices)
+
+
+def test_the_cache_has_the_type_of_the_norms_whatever_the_matrices_are_stored_in(demo_config):
+    norms, matrix = torch.ones(demo_config.dim), torch.ones(64, 128, dtype=torch.int8)
+    weights = {"norm.weight": norms, "layers.0.attention.wk.weight": matrix}
+    cache = llama3.new_cache(weights, demo_config, 5)
+    assert cache.dtype == torch.float32
+    assert cache.shape[2] == 64 // demo_config.head_dim  # the heads that there are weights for
 
 
 def test_no_token_sees_the_ones_after_it(tmp_path):
@@ -336,9 +417,3 @@ def test_every_weight_gets_the_gradient_that_finite_differences_give(tmp_path):
             weight += 1e-3 * direction
         slope = ((above - below) / 2e-3).item()
         assert (weight.grad * direction).sum().item() == pytest.approx(slope, abs=2e-3), name
-
-
-def test_the_model_has_no_module_and_no_fused_attention():
-    source = (DEMO.parent / "llama3.py").read_text()
-    for name in ("nn.Module", "nn.Linear", "nn.Embedding", "scaled_dot_product", "F.linear"):
-        assert name not in source

@@ -386,9 +386,12 @@ def test_it_runs_on_small_models_of_every_kind(tmp_path, dtype, params):
 )
 def test_a_mistake_in_llama3_stops_it_at_the_step_that_is_wrong(tmp_path, right, wrong, cell):
     code = (ROOT / "llama3.py").read_text()
-    assert right in code
+    assert right in code, (
+        f"llama3.py has no {right!r} any more, which this test replaces by {wrong!r} to make a "
+        "mistake that the notebook must notice; if the line was only rewritten, rewrite it here too"
+    )
     (tmp_path / "llama3.py").write_text(code.replace(right, wrong))
-    for name in ("tokenizer_setup.py", "demo"):
+    for name in ("checkpoint_files.py", "tokenizer_setup.py", "demo"):
         (tmp_path / name).symlink_to(ROOT / name)
     notebook = read()
     with pytest.raises(CellExecutionError, match="differs from llama3"):

@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-import llama3
+import command_line
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", README, flags=re.MULTILINE | re.DOTALL)
@@ -34,7 +34,7 @@ def test_what_it_is_and_a_first_result_come_within_ten_lines():
 
 def test_the_options_are_those_of_the_program(capsys):
     with pytest.raises(SystemExit):
-        llama3.main(["--help"])
+        command_line.main(["--help"])
     options = set(re.findall(r"^  (--[a-z-]+)", capsys.readouterr().out, flags=re.MULTILINE))
     assert options == set(re.findall(r"^\| `(--[a-z-]+)", README, flags=re.MULTILINE))
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tokenizer_setup
+from checkpoint_files import CheckpointError
 from tokenizer_setup import (
     SPECIAL_TOKENS,
-    CheckpointError,
     decode_stream,
     encode,
     encode_dialog,
