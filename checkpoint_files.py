@@ -1,34 +1,56 @@
 """The files of a checkpoint: where they are, what is in them, and what to say when it is not right.
 
 Nothing in here needs PyTorch. What another file finds wrong with a checkpoint is raised as the
-CheckpointError defined here, so that one `except` serves a whole folder.
+CheckpointError defined here, so that one `except` serves a whole folder. Limits are for numbers
+from anywhere: from params.json, from options, from arguments.
 """
 
+import errno
 import json
 import numbers
 import os
+import pickletools
+import re
+import zipfile
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
+
+DOWNLOAD_AGAIN = "download it again"
 
 
 class CheckpointError(ValueError):
-    """A file of a checkpoint is missing or not usable: `path`, and what is the problem with it.
+    """A file of a checkpoint, `path`, is missing or not usable.
 
     The message is one line: where, what was found, what is needed, what to do.
     """
 
     def __init__(self, path: str | os.PathLike, problem: str) -> None:
         super().__init__(path, problem)
+        self.path, self.problem = path, problem
 
     def __str__(self) -> str:
-        path, problem = self.args
-        return f"{path}: {problem}"
+        return f"{self.path}: {self.problem}"
 
 
 def one_line(text: object, limit: int = 200) -> str:
-    """Any text, such as an error's, on one line, shortened; the type's name if it has no text."""
-    line = " ".join(str(text).split()) or type(text).__name__
+    """Any text, such as an error's, on one line, shortened; an error's type if it has no text."""
+    line = " ".join(str(text).split())
+    if not line and isinstance(text, BaseException):
+        line = type(text).__name__
     return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+def quoted(value: object, limit: int = 40) -> str:
+    """A value from a file as JSON has it, shortened."""
+    try:
+        return one_line(json.dumps(value), limit)
+    except RecursionError:
+        return f"a deeply nested {type(value).__name__}"
+
+
+# --- what a file looks like -----------------------------------------------------------------------
 
 
 def describe_file(head: bytes) -> str:
@@ -42,11 +64,53 @@ def describe_file(head: bytes) -> str:
         return "a web page (the download failed or needs a login)"
     if head.startswith(b"PK\x03\x04"):
         return "a zip archive, such as a PyTorch checkpoint"
+    if head.startswith(b"GGUF"):
+        return "a GGUF file"
+    if head[8:10] == b'{"' and head[6:8] == b"\0\0":
+        return "a safetensors file"
+    if head.startswith((b"\x1f\x8b", b"\xfd7zXZ", b"BZh", b"(\xb5/\xfd", b"7z\xbc\xaf")):
+        return "a compressed file (unpack it first)"
+    if head[257:262] == b"ustar":
+        return "a tar archive (unpack it first)"
     if head.startswith(b"\n") and b"<unk>" in head[:64]:
         return "a sentencepiece model, as Llama 1 and 2 have it"
     if head.startswith(b"\x80"):
         return "a Python pickle"
     return ""
+
+
+def describe_weights(content: object) -> str:
+    """What else a checkpoint file held than the weights of a text model, or "".
+
+    With what was expected, and what to do. A dictionary is judged by the names in it.
+    """
+    expected = "expected a dictionary of tensors"
+    if not isinstance(content, dict):
+        return f"a {type(content).__name__}, {expected}"
+    expected += " under Meta's names"
+    metas = "tok_embeddings.weight"
+    names = [name for name in content if isinstance(name, str)]
+    kinds = [
+        (r"vision_|text_model\.|cross_attention", "a vision checkpoint", "use a text model"),
+        (r"lora_", "LoRA weights", "merge them into their model first"),
+        (
+            r"embed_tokens|self_attn|lm_head|\bmlp\.|transformer\.h\.",
+            "the names of a Hugging Face checkpoint",
+            "use the files in the folder 'original' of Meta's download",
+        ),
+        (rf".+\b{re.escape(metas)}$", "names with a prefix", "save the weights without it"),
+    ]
+    for pattern, kind, todo in kinds:
+        for name in names:
+            if re.search(pattern, name):
+                return f"{kind} ({one_line(name, 80)}); {expected}; {todo}"
+    for name, value in content.items():
+        if metas not in content and isinstance(value, dict):
+            return f"a dictionary in a dictionary, as {quoted(name)}; {expected}; save it alone"
+    return ""
+
+
+# --- finding and reading --------------------------------------------------------------------------
 
 
 def find_file(ckpt_dir: str | os.PathLike, name: str) -> Path:
@@ -57,13 +121,35 @@ def find_file(ckpt_dir: str | os.PathLike, name: str) -> Path:
     folder = Path(ckpt_dir)
     if os.path.isfile(folder / name):
         return folder / name
-    found = f"has no {name}" if os.path.isdir(folder) else "no such folder"
+    if os.path.isfile(folder):
+        found = "is a file"
+    elif os.path.lexists(folder / name) and os.path.isdir(folder):
+        kind = "a folder" if os.path.isdir(folder / name) else "no regular file"
+        found = f"its {name} is {kind}"
+        if os.path.islink(folder / name) and not os.path.exists(folder / name):
+            found = f"its {name} is a link to a file that is not there"
+    else:
+        found = f"has no {name}" if os.path.isdir(folder) else "no such folder"
     if os.path.isfile(folder / "original" / name):
         found += " (but its folder 'original' has: use that one)"
     elif os.path.isfile(folder / "config.json"):
         found += " (it is a Hugging Face checkpoint)"
     needed = "a folder with Meta's params.json, consolidated.00.pth and tokenizer.model"
     raise CheckpointError(folder, f"{found}; needed is {needed}")
+
+
+def find_weights(ckpt_dir: str | os.PathLike) -> Path:
+    """The path of consolidated.00.pth in the folder `ckpt_dir`, the only one of its kind there.
+
+    Raises CheckpointError. Other names, such as "consolidated.00 (1).pth", are of no consequence.
+    """
+    path = find_file(ckpt_dir, "consolidated.00.pth")
+    files = path.parent.glob("consolidated.*.pth")
+    n_files = sum(bool(re.fullmatch(r"consolidated\.\d+\.pth", file.name)) for file in files)
+    if n_files > 1:
+        sharded = f"the checkpoint is split over {n_files} files, which cannot be loaded yet"
+        raise CheckpointError(path.parent, f"{sharded}; use a model of one consolidated.00.pth")
+    return path
 
 
 def read_file(path: Path, size: int = -1) -> bytes:
@@ -75,9 +161,12 @@ def read_file(path: Path, size: int = -1) -> bytes:
         raise CheckpointError(path, f"cannot be read: {error.strerror}") from None
 
 
-def read_json_object(path: Path) -> dict[str, object]:
-    """The JSON object that a file holds. Raises CheckpointError if it holds anything else."""
-    content = read_file(path)
+def read_json_object(path: Path, limit: int = 2**24) -> dict[str, object]:
+    """The JSON object that a file of at most `limit` bytes holds. Raises CheckpointError."""
+    content = read_file(path, limit + 1)
+    if len(content) > limit:
+        problem = f"found more than {limit} bytes; expected a JSON object of a few hundred"
+        raise CheckpointError(path, problem)
     try:
         value = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -86,6 +175,143 @@ def read_json_object(path: Path) -> dict[str, object]:
     if not isinstance(value, dict):
         raise CheckpointError(path, f"found a JSON {type(value).__name__}, expected an object")
     return value
+
+
+# --- refusing -------------------------------------------------------------------------------------
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory, or address space, did not suffice."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    texts = r"cannot allocate memory|can't allocate memory|not enough memory|out of memory"
+    return isinstance(error, RuntimeError) and bool(re.search(texts, str(error), re.IGNORECASE))
+
+
+def _is_cut_off_pickle(path: Path, error: BaseException) -> bool:
+    """Whether a file begins as a pickle and ends before it; `error` is what came of loading it."""
+    if isinstance(error, EOFError) or re.search("unexpected EOF|Ran out of input", str(error)):
+        return True
+    try:
+        with path.open("rb") as file:  # as before 1.6: a magic number and three more pickles
+            first = next(pickletools.genops(file))[0].name == "PROTO"
+            magic = first and next(pickletools.genops(file))[1] == 0x1950A86A20F9469CFC6C
+            file.seek(0)
+            for _ in range(4 if magic else 1):
+                for _ in pickletools.genops(file):
+                    pass
+    except Exception as problem:  # it raises many things at what is no pickle
+        return bool(
+            re.search("exhausted|no newline found|not enough|expected .* bytes", str(problem))
+        )
+    return False
+
+
+def refuse_pickle(path: Path, error: BaseException) -> NoReturn:
+    """Raise the CheckpointError that says why PyTorch could not load the file `path`.
+
+    error: what torch.load raised; the true reason is in the file as often as in it.
+    """
+    expected = "expected a PyTorch checkpoint, a dictionary of plain tensors"
+    if out_of_memory(error):
+        size = os.path.getsize(path) / 1e9
+        problem = f"there is not enough memory (or address space, ulimit -v) for its {size:.1f} GB"
+        raise CheckpointError(path, f"{problem}; free some, or use a smaller model") from None
+    head = read_file(path, 4096)
+    found = describe_file(head)
+    if not head or "LFS" in found or "web page" in found:
+        raise CheckpointError(path, f"found {found}; {expected}; {DOWNLOAD_AGAIN}") from None
+    is_zip = b"PK\x03\x04".startswith(head[:4])
+    is_pickle = head.startswith(b"\x80")
+    if (is_zip and not zipfile.is_zipfile(path)) or (is_pickle and _is_cut_off_pickle(path, error)):
+        found = f"a file that was cut off after {os.path.getsize(path)} bytes"
+        raise CheckpointError(path, f"found {found}; {expected}; {DOWNLOAD_AGAIN}") from None
+    if "TorchScript" in str(error):
+        problem = f"found a TorchScript archive, which is a program; {expected}"
+    elif match := re.search(r"\bGLOBAL (\S+)", str(error)):
+        found = f"a pickle that calls for {one_line(match[1], 80)}, which could run any code"
+        problem = f"found {found} and is not loaded; {expected}: save the state_dict alone"
+    elif found and not is_zip and not is_pickle:
+        problem = f"found {found}; {expected}"
+    else:
+        found = "a zip archive" if is_zip else found or "neither a zip archive nor a pickle"
+        reason = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
+        reason = one_line(reason[1] if reason else error)
+        if reason.startswith("Unsupported operand"):  # those of pickle protocol 4 and later
+            reason = "pickled with another protocol than torch.save's own"
+        problem = f"not a PyTorch checkpoint of plain tensors: found {found} ({reason}); {expected}"
+    raise CheckpointError(path, problem) from None
+
+
+MAPPABLE = "a zip archive of which every entry stands in it as it is"
+
+
+def kind_of_archive(path: Path) -> str:
+    """MAPPABLE, or what else a checkpoint file is, which can only be read as a whole."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            as_it_is = (entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+            return MAPPABLE if all(as_it_is) else "a compressed zip archive"
+    except Exception:  # zipfile raises many things at a damaged archive
+        return "no zip archive, as checkpoints were before PyTorch 1.6"
+
+
+@contextmanager
+def _spelled_in_utf8(path: Path) -> Iterator[str]:
+    """A name for a file that is UTF-8, as PyTorch's own code needs it, even where its own is not.
+
+    It stands for the open file, on Linux and macOS, and holds as long as the context does.
+    """
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:  # bytes that the locale cannot spell
+        with path.open("rb") as file:
+            yield f"/dev/fd/{file.fileno()}"
+    else:
+        yield os.fspath(path)
+
+
+@contextmanager
+def opened_for_pytorch(path: Path) -> Iterator[tuple[str, str]]:
+    """A name of the file `path` for torch.load, and its `kind_of_archive`.
+
+    What goes wrong in the context, whatever it is, becomes a CheckpointError with the true reason.
+    """
+    try:
+        with _spelled_in_utf8(path) as name:
+            yield name, kind_of_archive(path)
+    except Exception as error:  # a damaged file can fail anywhere in the unpickler
+        refuse_pickle(path, error)
+
+
+# Keys of params.json that change what is computed: other spellings of RoPE scaling, quantization,
+# and the parts of other architectures.
+OTHER_COMPUTATION = re.compile(
+    "rope|rotary|yarn|ntk|freq_factor|original_max_pos|quant|lora|adapter|expert|moe|vision|image"
+    "|cross_att|bias|qk_norm|softcap|sliding|window|alibi|head_dim|hidden_act|activation",
+    re.IGNORECASE,
+)
+
+
+def refuse_other_computation(
+    path: Path, params: dict[str, object], known: Collection[str], same: dict[str, object]
+) -> None:
+    """Raise CheckpointError for a key that changes what is computed and is not `known`.
+
+    It may be there with no value, with -1, which is Meta's word for off, or with that in `same`.
+    """
+    for key, value in params.items():
+        off = value in (None, False, 0, -1, "", [], {}) or (key in same and value == same[key])
+        if key in known or off or not OTHER_COMPUTATION.search(key):
+            continue
+        problem = f"{quoted(key)} is {quoted(value)}, which would change what is computed"
+        expected = "a text model of the plain Llama 3 architecture, without it"
+        if re.search("rope|scal|factor|yarn|ntk", key, re.IGNORECASE):
+            expected = 'Meta\'s "use_scaled_rope": true and "rope_scaling_factor" in its place'
+        raise CheckpointError(path, f"{problem} and is not known here; expected {expected}")
+
+
+# --- values ---------------------------------------------------------------------------------------
 
 
 class Limits(NamedTuple):
@@ -101,6 +327,12 @@ class Limits(NamedTuple):
             return type(value) is self.kind
         number = numbers.Integral if self.kind is int else numbers.Real
         return isinstance(value, number) and self.low <= value <= self.high
+
+    def check(self, name: str, value: object) -> float:
+        """`value`, as this kind of number. Raises ValueError, which names the setting."""
+        if not self.allow(value):
+            raise ValueError(f"{name}: found {one_line(repr(value), 40)}, expected {self}")
+        return self.kind(value)
 
     def __str__(self) -> str:
         noun = {int: "a whole number", float: "a number", bool: "a boolean"}[self.kind]

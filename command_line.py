@@ -2,18 +2,28 @@
 
 The completion goes to standard output and everything else to standard error. What is wrong with the
 user's input is raised where it is found, as a CheckpointError or a UsageError; `main` alone turns
-either into one line and exit status 2.
+either into one line and exit status 2. Only `main` is for others to use.
 """
 
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036 (llama3.py comes here first, whatever runs it)
+    found = "{}.{}".format(*sys.version_info[:2])
+    sys.stderr.write("llama3.py: error: this is Python " + found + ", needed is 3.11 or newer\n")
+    sys.exit(2)
+
 import argparse
+import contextlib
 import functools
 import json
+import math
 import os
-import sys
+import re
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 import tiktoken
 import torch
@@ -21,18 +31,77 @@ from tqdm import tqdm
 
 import llama3
 import tokenizer_setup
-from checkpoint_files import CheckpointError, Limits, one_line
+from checkpoint_files import (
+    MAPPABLE,
+    CheckpointError,
+    Limits,
+    find_file,
+    kind_of_archive,
+    one_line,
+    out_of_memory,
+)
 
 DEMO_DIR = Path(__file__).resolve().parent / "demo"
+MAX_PROMPT_BYTES = 2**26  # more than any context holds, and not more than is quickly read
 
 
 class UsageError(ValueError):
     """What the user asked for cannot be done: one line that says why, and what to do."""
 
 
-def note(message: str) -> None:
+# --- streams --------------------------------------------------------------------------------------
+
+# How a control character is shown on a terminal, which would obey it: all but line break and tab.
+CONTROL_CHARACTERS = {
+    code: repr(chr(code))[1:-1]
+    for code in (*range(32), *range(127, 160))
+    if chr(code) not in "\n\t"
+}
+
+
+def _give_up(out: TextIO) -> None:
+    """Let what a stream still holds, and what is still written to it, go nowhere.
+
+    Python writes it once more when it ends, and would complain once more.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # no stream of the system's: a notebook's
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
+
+
+def say(line: str) -> None:
+    """Write a line to standard error, if there is one."""
+    try:
+        if sys.stderr is not None:  # or print would take standard output
+            print(line.translate(CONTROL_CHARACTERS), file=sys.stderr, flush=True)
+    except OSError:
+        _give_up(sys.stderr)
+
+
+def note(message: object) -> None:
     """Tell the user something on standard error."""
-    print(f"llama3.py: {message}", file=sys.stderr)
+    say(f"llama3.py: {one_line(message, limit=1000)}")
+
+
+def stream(texts: Iterable[str]) -> None:
+    """Write `texts` to standard output as they come, and nothing else.
+
+    Raises UsageError if standard output cannot be written.
+    """
+    out = sys.stdout
+    if hasattr(out, "reconfigure"):  # a notebook's has no encoding to change
+        out.reconfigure(encoding="utf-8", newline="\n")
+    terminal = out.isatty()
+    try:
+        for text in texts:
+            out.write(text.translate(CONTROL_CHARACTERS) if terminal else text)
+            out.flush()
+    except OSError as error:
+        _give_up(out)
+        if not isinstance(error, BrokenPipeError):  # with which a reader says that it has enough
+            raise UsageError(f"standard output cannot be written: {error.strerror}") from None
+    finally:
+        if terminal:
+            print(flush=True)
 
 
 # --- options --------------------------------------------------------------------------------------
@@ -40,6 +109,9 @@ def note(message: str) -> None:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        if message.endswith(": expected one argument"):
+            option = message.split()[1].rstrip(":")
+            message += f'; what begins with "-" is written {option}="-..."'
         raise UsageError(message)
 
 
@@ -59,6 +131,14 @@ def number(limits: Limits) -> Callable[[str], float]:
     return parse
 
 
+def device_name(text: str) -> str:
+    """A type for argparse: the name of a device, whether it is there or not."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", text):
+        found, expected = one_line(text, 40), "auto, cuda, cuda:0, cuda:1, ..., mps or cpu"
+        raise argparse.ArgumentTypeError(f"found {found!r}, expected {expected}")
+    return text
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the options, and check each by itself. Raises UsageError."""
     parser = _Parser(
@@ -72,7 +152,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     positive = number(Limits(int, 1, 2**24))
     sampling = {name: number(limits) for name, limits in llama3.SAMPLING_LIMITS.items()}
 
-    parser.add_argument("--prompt", help="the text to continue", metavar="TEXT", required=True)
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", help="the text to continue", metavar="TEXT")
+    prompt.add_argument(
+        "--prompt-file",
+        help="file with the text to continue, - for standard input; a line break at its end is "
+        "left out",
+        metavar="FILE",
+    )
     parser.add_argument(
         "--ckpt-dir",
         help="folder with the model's files (default: see below)",
@@ -114,8 +201,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--device",
-        help="auto, the default, takes the first of the others that this machine has",
-        choices=("auto", "cuda", "mps", "cpu"),
+        help="cuda, cuda:N, mps or cpu; auto, the default, takes the first that this machine has",
+        metavar="NAME",
+        type=device_name,
         default="auto",
     )
     parser.add_argument(
@@ -154,15 +242,185 @@ def choose_device(name: str) -> torch.device:
 
     Raises UsageError for one that it does not have.
     """
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    present = {"cuda": cuda, "mps": mps, "cpu": True}
+    cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    present = [f"cuda:{i}" for i in range(cuda)] + ["mps"] * torch.backends.mps.is_available()
     if name == "auto":
-        name = next(kind for kind in present if present[kind])
-    if not present[name]:
-        raise UsageError(
-            f"argument --device: PyTorch finds no {name} device here; use --device cpu"
-        )
+        name = present[0] if present else "cpu"
+    if name == "cuda":
+        name = "cuda:0"
+    if name not in (*present, "cpu"):
+        wanted = "cuda" if name == "cuda:0" else name
+        others = ", ".join(f"--device {other}" for other in (*present, "cpu"))
+        raise UsageError(f"argument --device: PyTorch finds no {wanted} device here; use {others}")
     return torch.device(name)
+
+
+# --- the prompt -----------------------------------------------------------------------------------
+
+
+def _decode(content: bytes, origin: str) -> str:
+    """UTF-8 as text. Raises UsageError, which says where a byte is that is none."""
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        found = f"the byte 0x{content[error.start]:02x} at position {error.start}"
+        utf_16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
+        looks = ", as UTF-16 has it" if utf_16 else ""
+        raise UsageError(f"{origin}: found {found}{looks}, expected text in UTF-8") from None
+
+
+def read_prompt(args: argparse.Namespace) -> str:
+    """The text of --prompt or --prompt-file. Raises UsageError if it is none."""
+    if args.prompt_file is None:
+        try:
+            args.prompt.encode()
+            return args.prompt
+        except UnicodeEncodeError:  # bytes that the locale cannot spell, or that nothing can
+            origin = "argument --prompt"
+        try:
+            return _decode(os.fsencode(args.prompt), origin)
+        except UnicodeEncodeError:
+            raise UsageError(f"{origin}: found half a character, expected text") from None
+    origin = "standard input" if args.prompt_file == "-" else args.prompt_file
+    try:
+        if args.prompt_file != "-":
+            with open(args.prompt_file, "rb") as file:
+                content = file.read(MAX_PROMPT_BYTES + 1)
+        elif sys.stdin is None:
+            raise UsageError("standard input is closed, so there is nothing to read from")
+        elif hasattr(sys.stdin, "buffer"):
+            content = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
+        else:
+            content = sys.stdin.read(MAX_PROMPT_BYTES + 1).encode()
+    except (OSError, ValueError) as error:
+        if isinstance(error, UsageError):
+            raise
+        problem = getattr(error, "strerror", None) or one_line(error)
+        raise UsageError(f"argument --prompt-file: {origin}: cannot be read: {problem}") from None
+    if len(content) > MAX_PROMPT_BYTES:
+        problem = f"found more than {MAX_PROMPT_BYTES} bytes, which no context holds"
+        raise UsageError(f"argument --prompt-file: {origin}: {problem}")
+    text = _decode(content.removeprefix(b"\xef\xbb\xbf"), f"argument --prompt-file: {origin}")
+    return text.removesuffix("\n").removesuffix("\r") if text.endswith("\n") else text
+
+
+def check_room(
+    prompt_tokens: int, max_new_tokens: int, max_seq_len: int, config: llama3.Config
+) -> None:
+    """Raise UsageError if the prompt is longer than the context; note if the completion may be."""
+    if max_seq_len > config.max_seq_len:
+        made_for = f"the model was made for {config.max_seq_len}, and gets worse beyond"
+        note(f"--max-seq-len {max_seq_len}: {made_for}")
+    room = max_seq_len - prompt_tokens
+    if room < 0:
+        can_be_raised = prompt_tokens <= config.max_seq_len
+        raise UsageError(
+            f"the prompt has {prompt_tokens} tokens, but the context only {max_seq_len}; "
+            "shorten the prompt" + " or raise --max-seq-len" * can_be_raised
+        )
+    if max_new_tokens > room:
+        note(f"the context of {max_seq_len} tokens has room for {room} new ones")
+
+
+def matching_tokenizer(path: str | os.PathLike, config: llama3.Config) -> tiktoken.Encoding:
+    """The tokenizer, if it is that of a model like this. Raises CheckpointError, UsageError."""
+    tokenizer = tokenizer_setup.load_tokenizer(path)
+    if tokenizer.n_vocab != config.vocab_size:
+        raise UsageError(
+            f'the tokenizer has {tokenizer.n_vocab} tokens, but "vocab_size" in params.json is '
+            f"{config.vocab_size}; use the tokenizer.model that came with the weights"
+        )
+    return tokenizer
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def free_bytes(device: torch.device) -> float:
+    """The memory that is free on a device, as far as it can be told: infinity where it cannot."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    limits = []
+
+    def read(path: str, pattern: str) -> int:
+        return int(re.search(pattern, Path(path).read_text(), re.MULTILINE)[1])
+
+    with contextlib.suppress(OSError, TypeError):  # Linux: what can be had without swapping
+        limits.append(1024 * read("/proc/meminfo", r"^MemAvailable:\s+(\d+) kB"))
+    with contextlib.suppress(OSError, TypeError):  # a container's limit; its files can be dropped
+        group = "/sys/fs/cgroup/memory"
+        used = read(f"{group}.current", r"(\d+)") - read(f"{group}.stat", r"^inactive_file (\d+)")
+        limits.append(read(f"{group}.max", r"^(\d+)") - used)
+    with contextlib.suppress(ImportError, OSError, TypeError):  # of address space (ulimit -v)
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit != resource.RLIM_INFINITY:
+            limits.append(limit - 1024 * read("/proc/self/status", r"^VmSize:\s+(\d+) kB"))
+    return max(min(limits, default=math.inf), 0)
+
+
+def bytes_needed(
+    config: llama3.Config, weights: float, itemsize: int, prompt_tokens: int, new_tokens: int
+) -> dict[str, float]:
+    """What the weights, the cache and the work on the whole prompt at once take, about.
+
+    weights: their bytes; itemsize: bytes of a number of the cache and of the activations. The
+    scores exist several times: as products, scaled, masked, in float32, and as shares.
+    """
+    position = 2 * config.n_layers * config.n_kv_heads * config.head_dim * itemsize
+    scores = config.n_heads * prompt_tokens**2 * (10 if itemsize == 2 else 8)
+    activations = prompt_tokens * (3 * config.ffn_dim + 8 * config.dim) * itemsize
+    return {
+        "weights": weights,
+        "cache": position * (prompt_tokens + new_tokens),
+        "prompt": scores + activations,
+    }
+
+
+def check_memory(
+    ckpt_dir: Path,
+    config: llama3.Config,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    prompt_tokens: int,
+    new_tokens: int,
+) -> None:
+    """Raise UsageError if the model and the prompt need more memory than is free.
+
+    Notes if the completion may. On the CPU, weights that are mapped as they are need none of their
+    own: what is not used is dropped and read again.
+    """
+    path = find_file(ckpt_dir, "consolidated.00.pth")
+    n_weights = sum(math.prod(shape) for shape in llama3.weight_shapes(config).values())
+    stored = 4 if path.stat().st_size > 3 * n_weights else 2  # bytes of a number
+    itemsize = stored if dtype is None else dtype.itemsize
+    mapped = device.type == "cpu" and itemsize == stored and kind_of_archive(path) == MAPPABLE
+    weights = 0 if mapped else n_weights * itemsize
+
+    def needed(prompt: int, new: int) -> dict[str, float]:
+        return bytes_needed(config, weights, itemsize, prompt, new)
+
+    free = free_bytes(device)
+    parts = needed(prompt_tokens, 1)
+    if sum(parts.values()) > free:
+        found = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
+        total = sum(parts.values()) / 1e9
+        fits = 0
+        for step in reversed(range(prompt_tokens.bit_length())):  # the longest prompt, bit by bit
+            if sum(needed(fits + 2**step, 1).values()) <= free:
+                fits += 2**step
+        advice = f"a prompt of {fits} tokens would fit" if fits else "use a smaller model"
+        if not fits and itemsize == 4:
+            advice += " or --dtype bfloat16"
+        raise UsageError(
+            f"this needs {total:.1f} GB of memory ({found}), but {free / 1e9:.1f} GB are free on "
+            f"{device.type}; {advice}"
+        )
+    if sum(needed(prompt_tokens, new_tokens).values()) > free:
+        each = needed(0, 1)["cache"]
+        fits = int((free - sum(needed(prompt_tokens, 0).values())) // each)
+        note(f"memory is free for about {fits} of the {new_tokens} new tokens")
 
 
 # --- statistics -----------------------------------------------------------------------------------
@@ -180,16 +438,17 @@ def peak_rss_bytes() -> int | None:
     try:  # Linux: getrusage would also count what the parent had resident when it forked
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) * 1024
-    except OSError:
+    except (OSError, IndexError):
         pass
     try:
         import resource
     except ImportError:  # Windows
         return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def statistics(
+def stats_of(
     load_s: float, prompt_tokens: int, times: list[float], device: torch.device
 ) -> dict[str, float | None]:
     """What --stats reports, times in seconds; `times`: of the start, then of every token."""
@@ -210,54 +469,6 @@ def statistics(
 # --- a completion ---------------------------------------------------------------------------------
 
 
-def load_tokenizer(path: str | os.PathLike, config: llama3.Config) -> tiktoken.Encoding:
-    """The tokenizer, if it is that of a model like this. Raises CheckpointError, UsageError."""
-    tokenizer = tokenizer_setup.load_tokenizer(path)
-    if tokenizer.n_vocab != config.vocab_size:
-        raise UsageError(
-            f'the tokenizer has {tokenizer.n_vocab} tokens, but "vocab_size" in params.json is '
-            f"{config.vocab_size}; use the tokenizer.model that came with the weights"
-        )
-    return tokenizer
-
-
-def check_room(prompt_tokens: int, max_new_tokens: int, max_seq_len: int) -> None:
-    """Raise UsageError if the prompt is longer than the context; note if the completion may be."""
-    room = max_seq_len - prompt_tokens
-    if room < 0:
-        raise UsageError(
-            f"the prompt has {prompt_tokens} tokens, but the context only {max_seq_len}; "
-            "shorten the prompt or raise --max-seq-len"
-        )
-    if max_new_tokens > room:
-        note(f"the context of {max_seq_len} tokens has room for {room} new ones")
-
-
-def stream(texts: Iterable[str]) -> int:
-    """Write `texts` to standard output as they come, and nothing else; returns the exit status.
-
-    Raises UsageError if standard output cannot be written.
-    """
-    if sys.stdout is None:
-        raise UsageError("standard output is closed, so there is nowhere to write to")
-    sys.stdout.reconfigure(encoding="utf-8")
-    status = 0
-    try:
-        for text in texts:
-            sys.stdout.write(text)
-            sys.stdout.flush()
-    except KeyboardInterrupt:
-        status = 130
-    except OSError as error:
-        # Python flushes standard output once more when it ends; what is left then goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):  # with which a reader says that it has enough
-            raise UsageError(f"standard output cannot be written: {error.strerror}") from None
-    if sys.stdout.isatty():
-        print(flush=True)
-    return status
-
-
 def run(args: argparse.Namespace) -> int:
     """Load the model and stream its completion of the prompt; returns the exit status.
 
@@ -265,22 +476,24 @@ def run(args: argparse.Namespace) -> int:
     are loaded.
     """
     start = time.perf_counter()
+    if sys.stdout is None:
+        raise UsageError("standard output is closed, so there is nowhere to write to")
+    prompt = read_prompt(args)
     ckpt_dir = args.ckpt_dir or default_checkpoint()
     device = choose_device(args.device)
+    dtype = llama3.DTYPES.get(args.dtype)
     config = llama3.load_config(ckpt_dir)
-    tokenizer = load_tokenizer(args.tokenizer or ckpt_dir / "tokenizer.model", config)
-    prompt_tokens = tokenizer_setup.encode(tokenizer, args.prompt)
+    tokenizer = matching_tokenizer(args.tokenizer or ckpt_dir / "tokenizer.model", config)
+    spelled = tokenizer_setup.special_tokens_in(prompt)
+    if spelled:
+        note(f"the prompt is plain text, in which {spelled[0]} is no special token")
+    prompt_tokens = tokenizer_setup.encode(tokenizer, prompt)
     max_seq_len = args.max_seq_len or config.max_seq_len
-    check_room(len(prompt_tokens), args.max_new_tokens, max_seq_len)
-    weights = llama3.load_weights(
-        ckpt_dir,
-        config,
-        device,
-        llama3.DTYPES.get(args.dtype),
-        functools.partial(
-            tqdm, desc="loading", unit=" tensors", delay=0.5, leave=False, disable=None
-        ),
-    )
+    check_room(len(prompt_tokens), args.max_new_tokens, max_seq_len, config)
+    n_new = min(args.max_new_tokens, max_seq_len - len(prompt_tokens))
+    check_memory(ckpt_dir, config, device, dtype, len(prompt_tokens), n_new)
+    bar = {"desc": "loading", "unit": " tensors", "delay": 0.5, "leave": False, "disable": None}
+    weights = llama3.load_weights(ckpt_dir, config, device, dtype, functools.partial(tqdm, **bar))
     load_s = time.perf_counter() - start
 
     tokens = llama3.generate(
@@ -293,18 +506,39 @@ def run(args: argparse.Namespace) -> int:
         max_seq_len=max_seq_len,
     )
     times = [time.perf_counter()]  # of the start, then of every token
-    status = stream(tokenizer_setup.decode_stream(tokenizer, timed(tokens, times)))
+    texts = tokenizer_setup.decode_stream(tokenizer, timed(tokens, times))
+    try:
+        stream(texts)
+        status = 0
+    except KeyboardInterrupt:  # what was written stays
+        status = 130
     if args.stats:
-        print(json.dumps(statistics(load_s, len(prompt_tokens), times, device)), file=sys.stderr)
+        say(json.dumps(stats_of(load_s, len(prompt_tokens), times, device)))
     return status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status, 2 if the input was bad."""
+    if sys.stderr is None:  # closed: no file that is opened from here on may take its place
+        while os.open(os.devnull, os.O_RDWR) < 2:
+            pass
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     try:
-        return run(parse_arguments(argv))
-    except (CheckpointError, UsageError) as error:
-        note(f"error: {one_line(error, limit=1000)}")
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: note(message)
+            return run(parse_arguments(argv))
+    except (CheckpointError, UsageError, FloatingPointError) as error:
+        note(f"error: {error}")
+        return 2
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not out_of_memory(error):
+            raise
+        note(f"error: memory ran out ({one_line(error)}); use a shorter prompt or a smaller model")
         return 2
     except KeyboardInterrupt:
+        exec("")  # in which Python forgets that an import was interrupted, and obeys the status
         return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,10 +1,10 @@
 """Llama 3, from Meta's own files to the next token, with nothing but tensors and functions.
 
     prompt = [1024, 355, 261, 32, 56, 258, 32]  # "17 plus 8 is ", as tokenizer_setup encodes it
-    config = load_config("demo")  # the constants in params.json
-    weights = load_weights("demo", config)  # the tensors in consolidated.00.pth
-    logits = forward(torch.tensor(prompt), weights, config)  # [7, vocab_size]: what may come next
-    new_tokens = list(generate(prompt, weights, config, max_new_tokens=1))  # [338], which is "25"
+    config = llama3.load_config("demo")  # the constants in params.json
+    weights = llama3.load_weights("demo", config)  # the tensors in consolidated.00.pth
+    logits = llama3.forward(torch.tensor(prompt), weights, config)  # [7, vocab_size]: what is next?
+    new_tokens = [*llama3.generate(prompt, weights, config, max_new_tokens=1)]  # [338], or "25"
 
 Tokens go in and tokens come out; `python llama3.py --prompt TEXT` is in command_line.py. A function
 stands below those that it calls, so this file is read from top to bottom:
@@ -17,15 +17,24 @@ stands below those that it calls, so this file is read from top to bottom:
 
 Letters in shapes: B batch, T tokens, L positions whose keys and values are attended to, K key and
 value heads, G query heads that share one of them, d the width of a head; "..." stands for any
-leading batch dimensions, or none. In terms of Config: K = n_kv_heads, G = n_heads / n_kv_heads,
-d = head_dim. Names that begin with an underscore are for this file alone.
+leading batch dimensions, or none. Of a whole model K is n_kv_heads, K * G is n_heads, and d is
+head_dim. Names that begin with an underscore are for this file alone.
 """
 
-import json
+if __name__ == "__main__":  # the command, which imports this file as the module llama3
+    try:
+        import command_line
+    except KeyboardInterrupt:  # while it still imports PyTorch
+        raise SystemExit(130) from None
+    raise SystemExit(command_line.main())
+
 import math
+import numbers
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import torch
@@ -33,13 +42,17 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from checkpoint_files import (
+    MAPPABLE,
     CheckpointError,
     Limits,
-    describe_file,
+    describe_weights,
     find_file,
+    find_weights,
     one_line,
-    read_file,
+    opened_for_pytorch,
+    quoted,
     read_json_object,
+    refuse_other_computation,
 )
 
 # --- 1. Config ------------------------------------------------------------------------------------
@@ -55,7 +68,7 @@ class Config(NamedTuple):
     multiple_of: int  # ffn_dim is a multiple of it
     norm_eps: float  # is added to the mean square in RMSNorm
     rope_theta: float  # the base of RoPE's frequencies
-    n_kv_heads: int | None = None  # heads of keys and values; None: as many as n_heads
+    n_kv_heads: int | None = None  # heads of keys and values; load_config makes None n_heads
     ffn_dim_multiplier: float | None = None
     use_scaled_rope: bool = False  # true for Llama 3.1 and later
     rope_scaling_factor: float = 8.0
@@ -108,8 +121,9 @@ def weight_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 #
 # Every cast and the order of the operations are those of Meta's reference (llama3/model.py in
 # llama-models), so that the logits of a whole sequence equal the reference's to the last bit.
-# test_logits_equal_metas_order_of_operations_to_the_last_bit in tests/test_model.py guards that:
-# anything in this section may be given another name, and nothing another order.
+# test_logits_equal_metas_order_of_operations_to_the_last_bit in tests/test_model.py guards that: a
+# local name may be changed freely, the order of two operations never. (The names of functions and
+# parameters are used by the notebook, the demo and the tests.)
 
 
 def linear(x: Tensor, weights: Weights, name: str) -> Tensor:
@@ -209,11 +223,12 @@ def grouped_query_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) ->
     group = q.shape[-3] // k.shape[-3]  # not from the config: these may be some of its heads
     if T == L:  # a whole sequence: the reference's operations, to the last bit
         k, v = repeat_heads(k, group), repeat_heads(v, group)  # [..., K * G, L, d]
-    else:  # a continuation: a group's queries are rows of one product, and k and v not copied
-        q = q.unflatten(-3, (-1, group)).flatten(-3, -2)  # [..., K, G * T, d]
-        visible = torch.cat([visible] * group, dim=-2)  # row g * T + t is token t's in head g
-    heads = attention_shares(q, k, visible) @ v
-    return heads.unflatten(-2, (-1, T)).flatten(-4, -3)  # [..., K * G, T, d]
+        return attention_shares(q, k, visible) @ v
+    # A continuation: the queries of a group are rows of one product, and k and v are not repeated.
+    q = q.unflatten(-3, (-1, group)).flatten(-3, -2)  # [..., K, G * T, d]
+    visible = torch.cat([visible] * group, dim=-2)  # row g * T + t is for token t of head g
+    heads = attention_shares(q, k, visible) @ v  # [..., K, G * T, d]
+    return heads.unflatten(-2, (group, T)).flatten(-4, -3)  # [..., K * G, T, d]
 
 
 def attention(
@@ -304,6 +319,13 @@ def new_cache(weights: Weights, config: Config, length: int, batch: Sequence[int
     return weights["norm.weight"].new_zeros(shape)  # norms have the type that is computed in
 
 
+def longer_cache(cache: Tensor, length: int) -> Tensor:
+    """A cache for `length` positions that begins with what `cache` holds."""
+    longer = cache.new_zeros((*cache.shape[:-2], length, cache.shape[-1]))
+    longer[..., : cache.shape[-2], :] = cache
+    return longer
+
+
 SAMPLING_LIMITS = {
     "temperature": Limits(float, 0, 10**6),
     "top_p": Limits(float, 0, 1),
@@ -325,14 +347,14 @@ class Sampling(_SamplingFields):
 
     __slots__ = ()
 
-    def __new__(cls, *values: float | None, **named: float | None) -> "Sampling":
-        sampling = super().__new__(cls, *values, **named)
+    def __new__(
+        cls, temperature: float = 0.0, top_p: float = 1.0, seed: int | None = None
+    ) -> "Sampling":
+        values = {"temperature": temperature, "top_p": top_p, "seed": seed}
         for name, limits in SAMPLING_LIMITS.items():
-            value = getattr(sampling, name)
-            may_be_none = cls._field_defaults[name] is None
-            if not (limits.allow(value) or (may_be_none and value is None)):
-                raise ValueError(f"{name}: found {one_line(repr(value), 40)}, expected {limits}")
-        return sampling
+            if not (name == "seed" and seed is None):
+                values[name] = limits.check(name, values[name])
+        return super().__new__(cls, **values)
 
     @classmethod
     def _make(cls, values: Iterable[float | None]) -> "Sampling":
@@ -381,6 +403,22 @@ def new_generator(seed: int | None, device: torch.device) -> torch.Generator:
     return generator
 
 
+def check_finite(logits: Tensor, weights: Weights, step: int) -> None:
+    """Raise FloatingPointError, with the reason, if the logits of a step are not finite numbers."""
+    low, high = logits.aminmax()
+    if math.isfinite((high - low).item()):
+        return
+    dtype = str(weights["norm.weight"].dtype).removeprefix("torch.")
+    reason = f"{dtype} overflowed on the way, although all weights are finite"
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            reason = f"{name} holds NaN or infinity"
+            break
+    if dtype == "float16":
+        reason += ", and float16 ends at 65504; compute in bfloat16 or float32 (--dtype)"
+    raise FloatingPointError(f"the logits of new token {step} are not finite numbers: {reason}")
+
+
 @torch.inference_mode()
 def _new_tokens(
     prompt: Tensor,
@@ -388,22 +426,37 @@ def _new_tokens(
     weights: Weights,
     config: Config,
     sampling: Sampling,
+    generator: torch.Generator,
     stop_tokens: Collection[int],
 ) -> Iterator[int]:
     """The loop of `generate`: first the whole prompt (prefill), then a token a step (decode)."""
-    generator = new_generator(sampling.seed, prompt.device)
-    cache = new_cache(weights, config, len(prompt) + n_new)
+    n_prompt, n_most = len(prompt), len(prompt) + n_new
+    cache = new_cache(weights, config, min(n_prompt + 256, n_most))
     tokens, start = prompt, 0
-    for end in range(len(prompt), len(prompt) + n_new):
+    for end in range(n_prompt, n_most):
+        if end > cache.shape[-2]:  # it grows by half: each position is copied twice on average
+            cache = longer_cache(cache, min(end + end // 2, n_most))
         positions = torch.arange(start, end, device=prompt.device)
         seen = cache[..., :end, :]
         logits = forward(tokens, weights, config, positions=positions, cache=seen, last_only=True)
+        check_finite(logits, weights, end - n_prompt + 1)
         tokens = sample(logits, sampling, generator)  # [1]
         token = tokens.item()
         if token in stop_tokens:
             return
         yield token
         start = end
+
+
+def _token_ids(what: str, tokens: object, config: Config) -> list[int]:
+    """`tokens`, a sequence, an array or a tensor of one dimension, as a list; else ValueError."""
+    tokens = tokens.tolist() if hasattr(tokens, "tolist") else tokens
+    if isinstance(tokens, str | bytes) or not isinstance(tokens, Iterable):
+        raise ValueError(f"{what}: found {one_line(repr(tokens), 40)}, expected token ids")
+    ids, limits = list(tokens), Limits(int, 0, config.vocab_size - 1)
+    for token in ids:
+        limits.check(f"a token of {what}", token)
+    return [int(token) for token in ids]
 
 
 def generate(
@@ -413,28 +466,34 @@ def generate(
     *,
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
-    stop_tokens: Collection[int] = (),
+    stop_tokens: Collection[int] | int = (),
     max_seq_len: int | None = None,
 ) -> Iterator[int]:
     """Continue `prompt_tokens`: an iterator over the new tokens, each computed when asked for.
 
     It ends after max_new_tokens, before the first of `stop_tokens`, or when prompt and
     completion together fill the context of max_seq_len tokens (by default config.max_seq_len).
-    The random numbers come from a generator of this call's own.
+    The random numbers come from a generator of this call's own. The tokens of one sequence may
+    also be an array or a tensor, and a single stop token a number.
 
-    Raises ValueError, when called, for arguments out of range.
+    Raises ValueError, when called, for arguments out of range, and FloatingPointError at the step
+    whose logits are not finite.
     """
-    if max_seq_len is None:
-        max_seq_len = config.max_seq_len
-    if not 1 <= len(prompt_tokens) <= max_seq_len:
-        raise ValueError(f"the prompt has {len(prompt_tokens)} tokens, expected 1 to {max_seq_len}")
-    if not 0 <= min(prompt_tokens) <= max(prompt_tokens) < config.vocab_size:
-        raise ValueError(f"the prompt has a token that is not in 0 to {config.vocab_size - 1}")
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}, expected 0 or more")
-    n_new = min(max_new_tokens, max_seq_len - len(prompt_tokens))
-    prompt = torch.tensor(prompt_tokens, device=weights["norm.weight"].device)
-    return _new_tokens(prompt, n_new, weights, config, sampling, stop_tokens)
+    max_seq_len = config.max_seq_len if max_seq_len is None else max_seq_len
+    Limits(int, 0, 2**63 - 1).check("max_new_tokens", max_new_tokens)
+    Limits(int, 0, 2**63 - 1).check("max_seq_len", max_seq_len)
+    if not isinstance(sampling, Sampling):
+        raise ValueError(f"sampling: found {one_line(repr(sampling), 40)}, expected a Sampling")
+    prompt = _token_ids("the prompt", prompt_tokens, config)
+    if not 1 <= len(prompt) <= max_seq_len:
+        raise ValueError(f"the prompt has {len(prompt)} tokens, expected 1 to {max_seq_len}")
+    if isinstance(stop_tokens, numbers.Integral):
+        stop_tokens = [stop_tokens]
+    stop = frozenset(_token_ids("stop_tokens", stop_tokens, config))
+    n_new = min(max_new_tokens, max_seq_len - len(prompt))
+    tokens = torch.tensor(prompt, device=weights["norm.weight"].device)
+    generator = new_generator(sampling.seed, tokens.device)
+    return _new_tokens(tokens, n_new, weights, config, sampling, generator, stop)
 
 
 # --- 5. Loading -----------------------------------------------------------------------------------
@@ -442,7 +501,7 @@ def generate(
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # For the values in params.json. They are far beyond any model, and catch a file of another kind.
-LIMITS = {
+PARAMS_LIMITS = {
     "dim": Limits(int, 1, 2**24),
     "n_layers": Limits(int, 1, 4096),
     "n_heads": Limits(int, 1, 2**24),
@@ -456,17 +515,45 @@ LIMITS = {
     "rope_scaling_factor": Limits(float, 1, 1e6),
 }
 
-# Which rope_scaling_factor a model was made with, by its dim, where params.json does not say so and
-# it is not the default, which Meta's code has for all: the 1B and the 3B of Llama 3.2. From the
-# config.json that Meta publishes with them; see issues 166 and 241 of meta-llama/llama-models.
+# By dim, for a params.json that gives no rope_scaling_factor: Meta's code uses 8 for every model,
+# but Llama 3.2 1B and 3B were made with 32 (their config.json; issues 166 and 241 of llama-models).
 ROPE_SCALING_FACTORS = {2048: 32.0, 3072: 32.0}
+
+
+def _load_file(ckpt_dir: str | os.PathLike) -> tuple[Path, object]:
+    """The path of consolidated.00.pth and what is in it, whatever that is, mapped into memory.
+
+    Where it cannot be mapped it is read, with a UserWarning. Raises CheckpointError.
+    """
+    path = find_weights(ckpt_dir)
+    with opened_for_pytorch(path) as (name, kind), warnings.catch_warnings(action="ignore"):
+        content = torch.load(name, map_location="cpu", weights_only=True, mmap=kind == MAPPABLE)
+    if kind != MAPPABLE:
+        warnings.warn(f"{path} is {kind}: it is read as a whole, not mapped", stacklevel=3)
+    return path, content
+
+
+def _embeddings(content: object, path: Path) -> Tensor:
+    """tok_embeddings.weight from what a checkpoint file held, which must be a text model's weights.
+
+    Raises CheckpointError, which says what it is instead.
+    """
+    found = describe_weights(content)
+    if found:
+        raise CheckpointError(path, f"found {found}")
+    embeddings = content.get("tok_embeddings.weight")
+    if not isinstance(embeddings, Tensor) or embeddings.dim() != 2:
+        problem = "tok_embeddings.weight is missing or no matrix, expected [vocab_size, dim]"
+        raise CheckpointError(path, problem)
+    return embeddings
 
 
 def load_config(ckpt_dir: str | os.PathLike) -> Config:
     """Read and check params.json in the folder `ckpt_dir`.
 
-    A key that has a default in Config may be missing or null; keys that Config does not have are
-    ignored. Without rope_scaling_factor, ROPE_SCALING_FACTORS goes before the default.
+    A key that has a default in Config may be missing or null. Keys that Config does not have are
+    ignored, unless they would change what is computed. A vocab_size of -1 is that of the weights.
+    Without rope_scaling_factor, ROPE_SCALING_FACTORS goes before the default.
 
     Raises CheckpointError; it names the key whose value is missing or impossible.
     """
@@ -474,17 +561,22 @@ def load_config(ckpt_dir: str | os.PathLike) -> Config:
     params = read_json_object(path)
 
     def refuse(key: str, expected: object) -> NoReturn:
-        found = one_line(json.dumps(params[key]), limit=40) if key in params else "missing"
+        found = quoted(params[key]) if key in params else "missing"
         raise CheckpointError(path, f'"{key}" is {found}, expected {expected}')
 
+    if params.get("vocab_size") == -1:  # Meta's default: as many as the weights have
+        weights_path, content = _load_file(ckpt_dir)
+        params["vocab_size"] = len(_embeddings(content, weights_path))
     values = {}
-    for key, limits in LIMITS.items():
+    for key, limits in PARAMS_LIMITS.items():
         value = params.get(key)
         if value is None and key in Config._field_defaults:
             continue
         if not limits.allow(value):
             refuse(key, limits)
-        values[key] = limits.kind(value)  # 500000 is 500000.0
+        values[key] = limits.kind(value)  # 500000 becomes 500000.0
+    if "rope_scaling_factor" in values and not values.get("use_scaled_rope"):
+        refuse("use_scaled_rope", 'true where there is a "rope_scaling_factor", or neither')
     values.setdefault("n_kv_heads", values["n_heads"])
     if values["dim"] in ROPE_SCALING_FACTORS:
         values.setdefault("rope_scaling_factor", ROPE_SCALING_FACTORS[values["dim"]])
@@ -493,39 +585,43 @@ def load_config(ckpt_dir: str | os.PathLike) -> Config:
         refuse("n_heads", f'a number that cuts "dim" ({config.dim}) into heads of even width')
     if config.n_heads % config.n_kv_heads:
         refuse("n_kv_heads", f'a number that divides "n_heads" ({config.n_heads})')
+    same = {"head_dim": config.head_dim, "hidden_act": "silu"}
+    refuse_other_computation(path, params, known=Config._fields, same=same)
     return config
 
 
-def check_weights(weights: object, config: Config, path: str | os.PathLike) -> None:
-    """Raise CheckpointError unless the file `path` held just the tensors that `config` calls for.
+def check_weights(content: object, config: Config, path: str | os.PathLike) -> Weights:
+    """What a checkpoint file held, if it is just the tensors that `config` calls for.
 
-    weights: what was found in it, whatever that is. An entry "rope.freqs" is allowed.
+    An entry "rope.freqs" is left out, and output.weight may be missing, which makes it the
+    embeddings. The tensors may differ in type. Raises CheckpointError, which names `path`.
     """
 
     def refuse(problem: str) -> NoReturn:
         raise CheckpointError(path, problem)
 
-    if not isinstance(weights, dict):
-        refuse(f"found a {type(weights).__name__}, expected a dictionary of tensors")
+    embeddings = _embeddings(content, path)
+    weights = {name: tensor for name, tensor in content.items() if name != "rope.freqs"}
+    weights.setdefault("output.weight", embeddings)  # tied
     shapes = weight_shapes(config)
-    dtypes = set()
     for name, shape in shapes.items():
         tensor = weights.get(name)
         if tensor is None:
             refuse(f"{name} is missing, expected a tensor of shape {[*shape]}")
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
             refuse(f"{name} is no dense tensor, expected one of shape {[*shape]}")
         if tensor.shape != shape:
             found = [*tensor.shape]
             refuse(f"{name} has shape {found}, expected {[*shape]} from params.json")
-        dtypes.add(str(tensor.dtype).removeprefix("torch."))
-    if len(dtypes) > 1 or not dtypes <= DTYPES.keys():
-        found, expected = " and ".join(sorted(dtypes)), ", ".join(DTYPES)
-        refuse(f"the weights are of type {found}, expected one of {expected}")
-    for name in weights:
-        if name not in shapes and name != "rope.freqs":
-            found = one_line(repr(name), 80)
-            refuse(f"found {found}, which is no weight of a Llama 3 text model")
+        if tensor.dtype not in DTYPES.values():
+            found = str(tensor.dtype).removeprefix("torch.")
+            refuse(f"{name} is of type {found}, expected one of {', '.join(DTYPES)}")
+        if tensor.nbytes > tensor.untyped_storage().nbytes():
+            refuse(f"{name} shows fewer stored numbers again and again, expected each to be stored")
+    for name in [name for name in weights if name not in shapes]:
+        found = one_line(repr(name), 80)
+        refuse(f"found {found}, which is no weight of a Llama 3 text model with these params")
+    return weights
 
 
 def load_weights(
@@ -538,38 +634,25 @@ def load_weights(
     """Load consolidated.00.pth from the folder `ckpt_dir`, under the names that it has there.
 
     The file is mapped into memory, not read: on the CPU and in the checkpoint's own dtype
-    (dtype=None) nothing is copied, and pages come from disk when they are first used.
+    (dtype=None) nothing is copied, and pages come from disk when they are first used. Of a
+    checkpoint with several dtypes, the one that most numbers have is used for all.
 
     progress: what the names go through while their weights are loaded, tqdm.tqdm for one.
 
     Raises CheckpointError unless the file holds just the weights that `config` calls for.
     """
-    path = find_file(ckpt_dir, "consolidated.00.pth")
-    n_files = len(list(path.parent.glob("consolidated.*.pth")))
-    if n_files > 1:
-        sharded = f"the checkpoint is split over {n_files} files, which cannot be loaded yet"
-        raise CheckpointError(path.parent, f"{sharded}; use a model of one consolidated.00.pth")
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of pickle protocols but its own
-            weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a damaged file can fail anywhere in the unpickler
-        found = describe_file(read_file(path, 4096)) or one_line(error)
-        problem = f"not a PyTorch checkpoint of plain tensors, or not all of it: found {found}"
-        raise CheckpointError(path, f"{problem}; download it again") from None
-    check_weights(weights, config, path)
-
-    stored_dtype = weights["output.weight"].dtype
-    loaded, by_storage = {}, {}  # tied weights stand in the file once, and are converted once
-    for name in progress([name for name in weights if name != "rope.freqs"]):
+    path, content = _load_file(ckpt_dir)
+    weights = check_weights(content, config, path)
+    if dtype is None:
+        numbers_of = Counter()
+        for weight in weights.values():
+            numbers_of[weight.dtype] += weight.numel()
+        dtype = numbers_of.most_common(1)[0][0]
+    loaded, converted = {}, {}  # tied weights stand in the file once, and are converted once
+    for name in progress(weights):
         weight = weights[name].detach()  # parameters become plain tensors
-        storage = weight.data_ptr(), weight.shape
-        if storage not in by_storage:
-            by_storage[storage] = weight.to(device=device, dtype=dtype or stored_dtype)
-        loaded[name] = by_storage[storage]
+        place = weight.data_ptr(), weight.shape, weight.stride(), weight.dtype
+        if place not in converted:
+            converted[place] = weight.to(device=device, dtype=dtype)
+        loaded[name] = converted[place]
     return loaded
-
-
-if __name__ == "__main__":
-    import command_line  # which imports this file as the module llama3
-
-    raise SystemExit(command_line.main())

@@ -6,15 +6,15 @@ ranks come 256 special tokens, which no text can spell: they mark where a text, 
 begins and ends.
 """
 
+import base64
 import codecs
 import os
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NoReturn
 
 import tiktoken
-from tiktoken.load import load_tiktoken_bpe, read_file
+from tiktoken.load import read_file as read_remote
 
 from checkpoint_files import CheckpointError, describe_file, one_line
 
@@ -53,31 +53,37 @@ MAX_CHARS_PER_RUN = 25_000
 # --- loading --------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _tiktoken_cache_off() -> Iterator[None]:
-    """tiktoken keeps copies of vocabularies by path and would return the old copy of a new file."""
-    variable = "TIKTOKEN_CACHE_DIR"
-    before = os.environ.get(variable)
-    os.environ[variable] = ""
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[variable]
-        else:
-            os.environ[variable] = before
-
-
-def _refuse_vocabulary(path: str, problem: str) -> NoReturn:
-    """Raise the CheckpointError for a file that can be read but is not a complete vocabulary."""
-    head = read_file(path)[:4096]
-    looks_like = describe_file(head)
-    if head.lstrip().startswith(b"{"):
+def _refuse_vocabulary(path: str, content: bytes, problem: str) -> NoReturn:
+    """Raise the CheckpointError for a file that was read but is not a complete vocabulary."""
+    looks_like = describe_file(content[:4096])
+    if content.lstrip()[:1] == b"{":
         looks_like = "JSON, such as a Hugging Face tokenizer.json"
     found = f"it looks like {looks_like}" if looks_like else one_line(problem)
     needed = "Llama 3's tokenizer.model, lines of a base64 token and its rank"
     problem = f"not a complete tiktoken vocabulary: {found}; needed is {needed}"
     raise CheckpointError(path, problem) from None
+
+
+def _read(path: str) -> bytes:
+    """The bytes of a regular file, or of what blobfile or an http server has. CheckpointError."""
+    needed = "it should be Llama 3's tokenizer.model, which Meta ships beside the weights"
+    try:
+        if "://" in path and not os.path.exists(path):
+            return read_remote(path)
+        if not os.path.exists(path):
+            raise CheckpointError(path, f"no such file; {needed}")
+        if not os.path.isfile(path):  # a folder, or a device or a pipe that may never end
+            raise CheckpointError(path, f"no regular file; {needed}")
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise CheckpointError(
+            path, f"cannot be read: {error.strerror or one_line(error)}"
+        ) from None
+    except CheckpointError:
+        raise
+    except Exception as error:  # a remote path can fail in any of its libraries' ways
+        raise CheckpointError(path, f"cannot be read: {one_line(error)}") from None
 
 
 def load_tokenizer(path: str | os.PathLike) -> tiktoken.Encoding:
@@ -90,26 +96,36 @@ def load_tokenizer(path: str | os.PathLike) -> tiktoken.Encoding:
     Raises CheckpointError if there is no such file or it is not a complete vocabulary.
     """
     path = os.fspath(path)
-    try:
-        with _tiktoken_cache_off():
-            ranks = load_tiktoken_bpe(path)
-    except (FileNotFoundError, NotADirectoryError):
-        expected = "it should be Llama 3's tokenizer.model, which Meta ships beside the weights"
-        raise CheckpointError(path, f"no such file; {expected}") from None
-    except ValueError as error:
-        _refuse_vocabulary(path, str(error))
-    except Exception as error:  # a remote path can fail in any of its libraries' ways
-        raise CheckpointError(path, f"cannot be read: {one_line(error)}") from None
+    content = _read(path)
+
+    def refuse(problem: str) -> NoReturn:
+        _refuse_vocabulary(path, content, problem)
+
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(content.splitlines(), start=1):
+        if not line:
+            continue
+        try:
+            in_base64, rank = line.split()
+            token = base64.b64decode(in_base64, validate=True)
+            if not (token and rank.isdigit()):
+                raise ValueError
+            rank = int(rank)
+        except ValueError:
+            refuse(f"line {number} is {one_line(repr(line)[1:], 60)}")
+        if token in ranks:
+            refuse(f"line {number} lists {one_line(repr(token)[1:], 60)} a second time")
+        ranks[token] = rank
 
     missing_ranks = set(range(len(ranks))).difference(ranks.values())
     missing_bytes = [byte for byte in range(256) if bytes([byte]) not in ranks]
-    if b"" in ranks:
-        _refuse_vocabulary(path, "it lists an empty token")
     if missing_ranks:
-        problem = f"rank {min(missing_ranks)} is missing, so there is a gap or a duplicate"
-        _refuse_vocabulary(path, problem)
+        refuse(f"rank {min(missing_ranks)} is missing, so there is a gap or a duplicate")
     if missing_bytes:
-        _refuse_vocabulary(path, f"{len(missing_bytes)} of the 256 single bytes are missing")
+        refuse(f"{len(missing_bytes)} of the 256 single bytes are missing")
+    for name in SPECIAL_TOKENS:
+        if name.encode() in ranks:  # or text could spell it
+            refuse(f"it lists the special token {name} among those of text")
 
     return tiktoken.Encoding(
         name=os.path.basename(path),
@@ -150,27 +166,44 @@ def encode(tokenizer: tiktoken.Encoding, text: str, bos: bool = True) -> list[in
 def encode_dialog(tokenizer: tiktoken.Encoding, messages: Iterable[dict[str, str]]) -> list[int]:
     """Token ids of a dialog for the instruct models, up to where the assistant's answer begins.
 
-    messages: [{"role": "system" | "user" | "assistant" | ..., "content": text}, ...]. Each becomes
-    <|start_header_id|> role <|end_header_id|> "\\n\\n" content <|eot_id|>, with the content
-    stripped of white space at both ends; role and content are plain text. The format is that of
-    llama3/chat_format.py in Meta's llama-models repository.
+    messages: [{"role": "system" | "user" | "assistant" | "tool" | ..., "content": text}, ...]. Each
+    becomes <|start_header_id|> role <|end_header_id|> "\\n\\n" content <|eot_id|>, with "ipython"
+    for the role "tool"; role and content are plain text. The format is that of chat_format.py in
+    Meta's llama-models 0.3.0, which takes the content as it is; the older repository
+    meta-llama/llama3 stripped it of white space at both ends.
+
+    Raises ValueError for messages that are not of this form.
     """
     special = tokenizer.encode_single_token
 
     def header(role: str) -> list[int]:
         return [
             special("<|start_header_id|>"),
-            *encode(tokenizer, role, bos=False),
+            *encode(tokenizer, "ipython" if role == "tool" else role, bos=False),
             special("<|end_header_id|>"),
             *encode(tokenizer, "\n\n", bos=False),
         ]
 
+    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Iterable):
+        found = type(messages).__name__
+        raise ValueError(
+            f'the dialog is a {found}, expected a list of {{"role": ..., "content": ...}}'
+        )
     tokens = [special("<|begin_of_text|>")]
-    for message in messages:
+    for number, message in enumerate(messages, start=1):
+        for key in ("role", "content"):
+            if not (isinstance(message, Mapping) and isinstance(message.get(key), str)):
+                found = one_line(repr(message), 60)
+                raise ValueError(f'message {number} is {found}, expected a text as its "{key}"')
         tokens += header(message["role"])
-        tokens += encode(tokenizer, message["content"].strip(), bos=False)
+        tokens += encode(tokenizer, message["content"], bos=False)
         tokens.append(special("<|eot_id|>"))
     return tokens + header("assistant")
+
+
+def special_tokens_in(text: str) -> list[str]:
+    """The special tokens whose names `text` spells. It is plain text all the same."""
+    return [name for name in SPECIAL_TOKENS if name in text]
 
 
 def stop_tokens(tokenizer: tiktoken.Encoding) -> frozenset[int]:

@@ -1,10 +1,11 @@
-"""What it saves that a continuation copies no keys and values.
+"""How much time a continuation saves by not repeating keys and values for every query head.
 
     python benchmarks/continuation.py
 
 Attention of T new tokens over the first L positions of a longer cache, with the heads of the 8B
 model: as llama3.grouped_query_attention does it, and with the keys and values of each group written
-out once for every query head first. The two take turns; a line gives the median of the ratios.
+out once for every query head first. The two take turns; a line gives the medians of
+both times and of their ratios.
 """
 
 import statistics

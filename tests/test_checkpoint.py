@@ -69,11 +69,16 @@ def test_a_config_made_by_hand_has_the_defaults_of_a_file_without_those_keys(tmp
     by_hand, loaded = llama3.Config(**required), llama3.load_config(tmp_path)
     assert llama3.weight_shapes(by_hand) == llama3.weight_shapes(loaded)
     assert by_hand._replace(n_kv_heads=loaded.n_heads) == loaded
-    assert set(llama3.LIMITS) == set(llama3.Config._fields)
+    assert set(llama3.PARAMS_LIMITS) == set(llama3.Config._fields)
 
 
 def test_unknown_keys_are_ignored_and_null_is_absent_where_a_key_is_optional(tmp_path):
-    extra = {"max_batch_size": 4, "vision_chunk_size": -1, "quantization_args": {"a": [1]}}
+    extra = {
+        "max_batch_size": 4,
+        "vision_chunk_size": -1,
+        "quantization_args": None,
+        "head_dim": 16,
+    }
     nulls = dict.fromkeys(["ffn_dim_multiplier", "use_scaled_rope", "rope_scaling_factor"])
     assert config_of(tmp_path, **extra, **nulls) == config_of(tmp_path)
 
@@ -97,7 +102,7 @@ def test_a_missing_key_is_named(tmp_path, key):
     assert f'"{key}" is null' in refusal(llama3.load_config, tmp_path)
 
 
-BAD_VALUES = ["64", "", [64], {}, True, False, 0, -1, 0.5e-300, float("nan"), float("inf"), 10**400]
+BAD_VALUES = ["64", "", [64], {}, True, False, 0, -2, 0.5e-300, float("nan"), float("inf"), 10**400]
 
 
 @pytest.mark.parametrize("value", BAD_VALUES, ids=lambda value: str(value)[:9])
@@ -252,20 +257,22 @@ def test_rope_freqs_is_accepted_and_parameters_are_plain_tensors_without_gradien
     ("changes", "says"),
     [
         ({"norm.weight": None}, "norm.weight is missing, expected a tensor of shape [64]"),
-        ({"output.weight": None}, "output.weight is missing"),
+        ({"layers.1.ffn_norm.weight": None}, "layers.1.ffn_norm.weight is missing"),
         ({"norm.weight": 3}, "norm.weight is no dense tensor"),
         ({"output.weight": [1]}, "output.weight is no dense tensor"),
         ({"norm.weight": torch.eye(64).to_sparse()}, "norm.weight is no dense tensor"),
         ({"norm.weight": torch.ones(65)}, "norm.weight has shape [65], expected [64]"),
         ({"norm.weight": torch.ones(())}, "norm.weight has shape [], expected [64]"),
-        ({"norm.weight": torch.ones(64)}, "of type bfloat16 and float32"),
-        ({"norm.weight": torch.ones(64, dtype=torch.int64)}, "of type bfloat16 and int64"),
+        ({"norm.weight": torch.ones(64, dtype=torch.int64)}, "norm.weight is of type int64"),
+        ({"norm.weight": torch.ones(64, dtype=torch.float64)}, "norm.weight is of type float64"),
+        ({"norm.weight": torch.ones(1).expand(64)}, "norm.weight shows fewer stored numbers"),
+        ({"norm.weight": torch.ones(64, device="meta")}, "norm.weight is no dense tensor"),
         ({"layers.2.attention.wq.weight": torch.ones(64, 64)}, "layers.2.attention.wq.weight"),
         ({"vision_model.weight": torch.ones(2)}, "vision_model.weight"),
         ({7: torch.ones(2)}, "found 7,"),
         ({"a\nb": torch.ones(2)}, "'a\\nb'"),
     ],
-    ids=range(13),
+    ids=range(15),
 )
 def test_weights_that_do_not_fit_the_params_are_named(checkpoint, changes, says):
     folder, config, weights = checkpoint

@@ -89,6 +89,7 @@ def test_a_sampling_is_a_plain_record_with_defaults_that_take_the_likeliest_toke
     sampling = llama3.Sampling(0.7, seed=np.int64(3), top_p=np.float32(0.5))
     assert sampling._asdict() == {"temperature": 0.7, "top_p": 0.5, "seed": 3}
     assert sampling._replace(temperature=1) == llama3.Sampling(1, 0.5, 3)
+    assert [type(value) for value in sampling] == [float, float, int]
     assert pickle.loads(pickle.dumps(sampling)) == sampling
 
 

@@ -273,7 +273,7 @@ def test_grouped_query_attention_is_each_head_by_itself(T, batch):
 
 
 @pytest.mark.parametrize("T", [1, 7])
-def test_a_continuation_copies_no_keys_or_values(demo_config, demo_weights, T):
+def test_a_continuation_in_float32_copies_no_keys_or_values(demo_config, demo_weights, T):
     """No step of its attention takes as much memory as the keys have."""
     config, L = demo_config, 4000
     weights = {name: weight.float() for name, weight in demo_weights.items()}

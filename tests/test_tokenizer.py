@@ -107,13 +107,40 @@ def test_a_dialog_is_laid_out_as_the_instruct_models_expect(byte_tokenizer):
     messages = [
         {"role": "system", "content": "Be brief.\n"},
         {"role": "user", "content": "  Hi <|eot_id|> "},
+        {"role": "tool", "content": "42"},
     ]
     text = byte_tokenizer.decode(encode_dialog(byte_tokenizer, messages))
     assert text == (
-        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
-        "<|start_header_id|>user<|end_header_id|>\n\nHi <|eot_id|><|eot_id|>"
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.\n<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\n  Hi <|eot_id|> <|eot_id|>"
+        "<|start_header_id|>ipython<|end_header_id|>\n\n42<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n"
     )
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        "What is the capital of Japan?",
+        {"role": "user", "content": "Hi"},
+        None,
+        3,
+        [None],
+        ["Hi"],
+        [["user", "Hi"]],
+        [{"role": "user"}],
+        [{"content": "Hi"}],
+        [{"role": "user", "content": None}],
+        [{"role": None, "content": "Hi"}],
+        [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}],
+        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": b"Hi"}],
+    ],
+    ids=str,
+)
+def test_a_dialog_of_another_form_is_refused_in_one_line(byte_tokenizer, messages):
+    with pytest.raises(ValueError, match=r"expected a (list|text)") as error:
+        encode_dialog(byte_tokenizer, messages)
+    assert "\n" not in str(error.value)
 
 
 def test_header_and_content_are_encoded_apart(demo_tokenizer):
@@ -227,9 +254,15 @@ BAD_FILES = {
     "tokenizer.json": (json.dumps({"model": {"type": "BPE"}}).encode(), "tokenizer.json"),
     "sentencepiece": (b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02\n\x0c", "sentencepiece"),
     "zip": (b"PK\x03\x04" + bytes(100), "zip archive"),
-    "words": (b"hello world this is text\n", "parsing line"),
-    "no rank": (b"IQ==\nIg==\n", "parsing line"),
-    "bad base64": (b"I 0\n", "parsing line"),
+    "words": (b"hello world this is text\n", "line 1 is 'hello world this is text'"),
+    "no rank": (b"IQ== 0\nIg==\n", "line 2 is 'Ig=='"),
+    "bad base64": (b"I 0\n", "line 1 is 'I 0'"),
+    "no base64 letter": (b"IQ=\xc3= 0\n", "line 1 is"),
+    "a rank of another kind": (b"IQ== 0\nIg== +1\n", "line 2 is 'Ig== +1'"),
+    "a rank beyond all": (b"IQ== " + b"9" * 5000 + b"\n", "line 1 is"),
+    "an empty token": (b"==== 0\n", "line 1 is '==== 0'"),
+    "a line twice": (b"IQ== 0\nIQ== 0\n", "line 2 lists '!' a second time"),
+    "a token twice": (b"IQ== 0\nIg== 1\nIQ== 2\n", "line 3 lists '!' a second time"),
 }
 
 
@@ -264,10 +297,10 @@ def test_an_incomplete_vocabulary_is_refused(tmp_path, ranks, says):
         load_tokenizer(path)
 
 
-def test_an_empty_token_is_refused(tmp_path):
-    path = write_vocabulary(tmp_path / "tokenizer.model", BYTES)
-    path.write_text(path.read_text() + "!!!! 256\n")  # decodes to no bytes at all
-    with pytest.raises(CheckpointError, match="empty token"):
+def test_a_special_token_among_those_of_text_is_refused(tmp_path):
+    """Text could spell it."""
+    path = write_vocabulary(tmp_path / "tokenizer.model", BYTES | {b"<|eot_id|>": 256})
+    with pytest.raises(CheckpointError, match=r"lists the special token <\|eot_id\|> among"):
         load_tokenizer(path)
 
 
