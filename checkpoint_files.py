@@ -12,7 +12,7 @@ import os
 import pickletools
 import re
 import zipfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -333,6 +333,13 @@ class Limits(NamedTuple):
         if not self.allow(value):
             raise ValueError(f"{name}: found {one_line(repr(value), 40)}, expected {self}")
         return self.kind(value)
+
+    def check_each(self, name: str, values: object) -> list[float]:
+        """`values`, a sequence, an array or a tensor of one dimension, as a list; or ValueError."""
+        values = values.tolist() if hasattr(values, "tolist") else values
+        if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+            raise ValueError(f"{name}: found {one_line(repr(values), 40)}, expected token ids")
+        return [self.check(f"a token of {name}", value) for value in values]
 
     def __str__(self) -> str:
         noun = {int: "a whole number", float: "a number", bool: "a boolean"}[self.kind]

@@ -448,17 +448,6 @@ def _new_tokens(
         start = end
 
 
-def _token_ids(what: str, tokens: object, config: Config) -> list[int]:
-    """`tokens`, a sequence, an array or a tensor of one dimension, as a list; else ValueError."""
-    tokens = tokens.tolist() if hasattr(tokens, "tolist") else tokens
-    if isinstance(tokens, str | bytes) or not isinstance(tokens, Iterable):
-        raise ValueError(f"{what}: found {one_line(repr(tokens), 40)}, expected token ids")
-    ids, limits = list(tokens), Limits(int, 0, config.vocab_size - 1)
-    for token in ids:
-        limits.check(f"a token of {what}", token)
-    return [int(token) for token in ids]
-
-
 def generate(
     prompt_tokens: Sequence[int],
     weights: Weights,
@@ -484,12 +473,13 @@ def generate(
     Limits(int, 0, 2**63 - 1).check("max_seq_len", max_seq_len)
     if not isinstance(sampling, Sampling):
         raise ValueError(f"sampling: found {one_line(repr(sampling), 40)}, expected a Sampling")
-    prompt = _token_ids("the prompt", prompt_tokens, config)
+    token_ids = Limits(int, 0, config.vocab_size - 1)
+    prompt = token_ids.check_each("the prompt", prompt_tokens)
     if not 1 <= len(prompt) <= max_seq_len:
         raise ValueError(f"the prompt has {len(prompt)} tokens, expected 1 to {max_seq_len}")
     if isinstance(stop_tokens, numbers.Integral):
         stop_tokens = [stop_tokens]
-    stop = frozenset(_token_ids("stop_tokens", stop_tokens, config))
+    stop = frozenset(token_ids.check_each("stop_tokens", stop_tokens))
     n_new = min(max_new_tokens, max_seq_len - len(prompt))
     tokens = torch.tensor(prompt, device=weights["norm.weight"].device)
     generator = new_generator(sampling.seed, tokens.device)
