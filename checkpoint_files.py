@@ -188,6 +188,14 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and bool(re.search(texts, str(error), re.IGNORECASE))
 
 
+def _is_cut_off_zip(path: Path) -> bool:
+    """Whether a file that begins as a zip archive lacks the directory at its end."""
+    try:
+        return not zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # there is one, but not of a single archive
+        return False
+
+
 def _is_cut_off_pickle(path: Path, error: BaseException) -> bool:
     """Whether a file begins as a pickle and ends before it; `error` is what came of loading it."""
     if isinstance(error, EOFError) or re.search("unexpected EOF|Ran out of input", str(error)):
@@ -223,7 +231,7 @@ def refuse_pickle(path: Path, error: BaseException) -> NoReturn:
         raise CheckpointError(path, f"found {found}; {expected}; {DOWNLOAD_AGAIN}") from None
     is_zip = b"PK\x03\x04".startswith(head[:4])
     is_pickle = head.startswith(b"\x80")
-    if (is_zip and not zipfile.is_zipfile(path)) or (is_pickle and _is_cut_off_pickle(path, error)):
+    if (is_zip and _is_cut_off_zip(path)) or (is_pickle and _is_cut_off_pickle(path, error)):
         found = f"a file that was cut off after {os.path.getsize(path)} bytes"
         raise CheckpointError(path, f"found {found}; {expected}; {DOWNLOAD_AGAIN}") from None
     if "TorchScript" in str(error):
@@ -328,10 +336,14 @@ class Limits(NamedTuple):
         number = numbers.Integral if self.kind is int else numbers.Real
         return isinstance(value, number) and self.low <= value <= self.high
 
+    def refusal(self, found: object) -> str:
+        """What to say of a value that is not allowed."""
+        return f"found {one_line(repr(found), 40)}, expected {self}"
+
     def check(self, name: str, value: object) -> float:
         """`value`, as this kind of number. Raises ValueError, which names the setting."""
         if not self.allow(value):
-            raise ValueError(f"{name}: found {one_line(repr(value), 40)}, expected {self}")
+            raise ValueError(f"{name}: {self.refusal(value)}")
         return self.kind(value)
 
     def check_each(self, name: str, values: object) -> list[float]:

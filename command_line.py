@@ -114,6 +114,13 @@ class _Parser(argparse.ArgumentParser):
             message += f'; what begins with "-" is written {option}="-..."'
         raise UsageError(message)
 
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> object:
+        if arg_strings == ["--"] and action.nargs is None:  # --option=--, lost before Python 3.13
+            value = self._get_value(action, "--")
+            self._check_value(action, value)
+            return value
+        return super()._get_values(action, arg_strings)
+
 
 def number(limits: Limits) -> Callable[[str], float]:
     """A type for argparse: a number within `limits`."""
@@ -124,8 +131,7 @@ def number(limits: Limits) -> Callable[[str], float]:
         except ValueError:
             value = None
         if not limits.allow(value):
-            found = one_line(text, 40)
-            raise argparse.ArgumentTypeError(f"found {found!r}, expected {limits}")
+            raise argparse.ArgumentTypeError(limits.refusal(text))
         return value
 
     return parse

@@ -516,6 +516,7 @@ def _load_file(ckpt_dir: str | os.PathLike) -> tuple[Path, object]:
     Where it cannot be mapped it is read, with a UserWarning. Raises CheckpointError.
     """
     path = find_weights(ckpt_dir)
+    # PyTorch warns of pickle protocols other than its own; what is wrong with those is raised.
     with opened_for_pytorch(path) as (name, kind), warnings.catch_warnings(action="ignore"):
         content = torch.load(name, map_location="cpu", weights_only=True, mmap=kind == MAPPABLE)
     if kind != MAPPABLE:

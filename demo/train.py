@@ -148,16 +148,22 @@ def held_out_loss(
     return sum(loss.item() * n for loss, n in zip(losses, lengths, strict=True)) / sum(lengths)
 
 
-def complete(
-    prompt_tokens: list[int],
+@torch.inference_mode()
+def answers_exactly(
+    question: list[corpus.Message],
     tokenizer: tiktoken.Encoding,
     weights: dict[str, Tensor],
     config: llama3.Config,
-) -> str:
-    """What the model goes on with, greedily."""
-    stop = tokenizer_setup.stop_tokens(tokenizer)
-    tokens = llama3.generate(prompt_tokens, weights, config, max_new_tokens=40, stop_tokens=stop)
-    return "".join(tokenizer_setup.decode_stream(tokenizer, tokens))
+) -> bool:
+    """Whether greedy decoding gives the answer, the last message, and then ends.
+
+    It does if each token of the answer is the likeliest after those before it, which one forward
+    pass over question and answer tells.
+    """
+    tokens = torch.tensor(tokens_of(tokenizer, question))
+    n_asked = len(tokenizer_setup.encode_dialog(tokenizer, question[:-1]))
+    logits = llama3.forward(tokens[:-1], weights, config)
+    return torch.equal(logits[n_asked - 1 :].argmax(-1), tokens[n_asked:])
 
 
 def share_right(
@@ -167,11 +173,8 @@ def share_right(
     config: llama3.Config,
 ) -> float:
     """The share of questions that are answered exactly as the corpus answers them."""
-    right = [
-        complete(tokenizer_setup.encode_dialog(tokenizer, asked), tokenizer, weights, config)
-        == answer["content"]
-        for *asked, answer in tqdm(questions, desc="answering", leave=False, disable=None)
-    ]
+    questions = tqdm(questions, desc="answering", leave=False, disable=None)
+    right = [answers_exactly(question, tokenizer, weights, config) for question in questions]
     return sum(right) / len(right)
 
 

@@ -5,9 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 import llama3
 from tokenizer_setup import load_tokenizer
+
+# How many cases a property-based test tries that says nothing else: those of test_fuzz.py.
+settings.register_profile("short", max_examples=400, derandomize=True, deadline=None)
+settings.register_profile("long", max_examples=10_000, deadline=None)
+settings.load_profile("short")
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "demo"

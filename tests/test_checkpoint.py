@@ -221,6 +221,7 @@ def test_another_dtype_is_the_files_values_converted(checkpoint, dtype):
     folder, config, weights = checkpoint
     loaded = llama3.load_weights(folder, config, dtype=dtype)
     for name, weight in weights.items():
+        assert loaded[name].dtype == dtype  # which torch.equal does not compare
         assert torch.equal(loaded[name], weight.to(dtype))
 
 

@@ -1,5 +1,6 @@
 """python llama3.py ...: what goes to which stream, how it ends, and what it refuses."""
 
+import io
 import json
 import os
 import signal
@@ -58,45 +59,121 @@ def test_the_demo_answers_42_and_standard_output_holds_nothing_else(space, tmp_p
     )
 
 
-def test_stats_are_the_last_line_on_standard_error(endless):
-    result = run(
-        "--ckpt-dir", str(endless), "--prompt", "Once upon", "--max-new-tokens", "9", "--stats"
-    )
-    assert result.returncode == 0
-    lines = result.stderr.decode().splitlines()
-    assert len(lines) == 1  # --ckpt-dir was given, so there is nothing else to say
-    stats = json.loads(lines[-1])
-    assert set(stats) >= {
-        "load_s",
-        "prompt_tokens",
-        "prefill_s",
-        "decode_tokens",
-        "decode_s",
-        "peak_rss_bytes",
+def answered(capsys, *arguments):
+    """What main writes to each stream for `arguments` that are right."""
+    assert command_line.main([*arguments]) == 0
+    return capsys.readouterr()
+
+
+class Clock:
+    """A clock that stands still, and costs of what is computed, in seconds."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.costs = 0.0, {}
+        monkeypatch.setattr(command_line.time, "perf_counter", lambda: self.now)
+        for name in ("load_weights", "forward"):
+            self.watch(monkeypatch, name, getattr(llama3, name))
+
+    def watch(self, monkeypatch, name, function):
+        def timed(*args, **kwargs):
+            costs = self.costs[name]
+            self.now += costs.pop(0) if len(costs) > 1 else costs[0]
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(llama3, name, timed)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "n", "decode_tokens"),
+    [("Once upon", 9, 8), ("Once upon", 1, 0), ("the capital of France is Paris.", 9, 0)],
+)
+def test_stats_are_the_last_line_on_standard_error(
+    capsys, monkeypatch, endless, demo_tokenizer, prompt, n, decode_tokens
+):
+    """With the demo, nothing comes after the last prompt but the end of the text."""
+    clock = Clock(monkeypatch)
+    clock.costs = {"load_weights": [100], "forward": [20, 3]}
+    folder = DEMO if "France" in prompt else endless
+    arguments = ["--ckpt-dir", str(folder), "--prompt", prompt, "--stats"]
+    out, err = answered(capsys, *arguments, "--max-new-tokens", str(n))
+    (line,) = err.splitlines()  # --ckpt-dir was given, so there is nothing else to say
+    stats = json.loads(line)
+    assert (out == "") == (folder == DEMO)
+    assert 50e6 < stats.pop("peak_rss_bytes") < 8e9
+    stats.pop("peak_device_bytes", None)
+    assert stats == {
+        "load_s": 100,
+        "prompt_tokens": len(tokenizer_setup.encode(demo_tokenizer, prompt)),
+        "prefill_s": 20,
+        "decode_tokens": decode_tokens,
+        "decode_s": 3 * decode_tokens,
     }
-    tokenizer = tokenizer_setup.load_tokenizer(DEMO / "tokenizer.model")
-    tokens = tokenizer_setup.encode(tokenizer, "Once upon")
-    assert stats["prompt_tokens"] == len(tokens)
-    assert stats["decode_tokens"] == 8
-    for name in ("load_s", "prefill_s", "decode_s"):
-        assert 0 < stats[name] < 60
-    assert 50e6 < stats["peak_rss_bytes"] < 4e9
 
 
-def test_the_same_seed_gives_the_same_text(endless):
+def test_the_same_seed_gives_the_same_text(capsys, endless):
     arguments = ["--ckpt-dir", str(endless), "--prompt", "a", "--max-new-tokens", "20"]
     arguments += ["--temperature", "1.5", "--top-p", "0.9", "--seed"]
-    first, again, other = (run(*arguments, seed).stdout for seed in ("5", "5", "6"))
+    first, again, other = (answered(capsys, *arguments, seed).out for seed in ("5", "5", "6"))
     assert first == again != other
 
 
-def test_the_context_ends_the_completion_with_a_notice(endless):
+def test_the_options_reach_the_model(capsys, monkeypatch, endless):
+    seen = {}
+    generate = llama3.generate
+
+    def watched(prompt, weights, config, **settings):
+        seen.update(settings, dtypes={weight.dtype for weight in weights.values()})
+        return generate(prompt, weights, config, **settings)
+
+    monkeypatch.setattr(llama3, "generate", watched)
+    arguments = ["--ckpt-dir", str(endless), "--prompt", "a", "--max-new-tokens", "3"]
+    answered(capsys, *arguments)
+    assert (seen["sampling"], seen["dtypes"]) == (llama3.GREEDY, {torch.float32})
+    assert seen["max_seq_len"] == 8192
+    arguments += ["--temperature", "0.7", "--top-p", "0.25", "--seed", "11", "--max-seq-len", "99"]
+    answered(capsys, *arguments, "--dtype", "float16")
+    assert (seen["sampling"], seen["dtypes"]) == (llama3.Sampling(0.7, 0.25, 11), {torch.float16})
+    assert (seen["max_new_tokens"], seen["max_seq_len"]) == (3, 99)
+
+
+@pytest.mark.parametrize(("asked", "tells"), [(5, False), (6, True)])
+def test_the_context_ends_the_completion_with_a_notice(capsys, endless, asked, tells):
     arguments = ["--ckpt-dir", str(endless), "--prompt", "", "--max-seq-len", "6", "--stats"]
-    result = run(*arguments)
-    notice, stats = result.stderr.decode().splitlines()
-    assert notice == "llama3.py: the context of 6 tokens has room for 5 new ones"
+    *notice, stats = answered(capsys, *arguments, "--max-new-tokens", str(asked)).err.splitlines()
+    assert notice == ["llama3.py: the context of 6 tokens has room for 5 new ones"] * tells
     assert json.loads(stats)["decode_tokens"] == 4
-    assert result.returncode == 0
+
+
+def test_a_prompt_may_fill_the_context(capsys, endless):
+    out, err = answered(capsys, "--ckpt-dir", str(endless), "--prompt", "", "--max-seq-len", "1")
+    assert out == ""
+    assert err == "llama3.py: the context of 1 tokens has room for 0 new ones\n"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_each_text_is_written_and_flushed_before_the_next_is_computed(monkeypatch, terminal):
+    happened = []
+
+    class Watched(io.StringIO):
+        def write(self, text):
+            happened.append(("write", text))
+            return super().write(text)
+
+        def flush(self):
+            happened.append("flush")
+
+        def isatty(self):
+            return terminal
+
+    def texts():
+        for text in ("a", "b"):
+            happened.append("compute")
+            yield text
+
+    monkeypatch.setattr(sys, "stdout", Watched())
+    command_line.stream(texts())
+    steps = [step for text in "ab" for step in ("compute", ("write", text), "flush")]
+    assert happened == steps + [("write", "\n"), "flush"] * terminal
 
 
 def test_output_is_utf_8_whatever_the_locale(endless):
@@ -110,10 +187,12 @@ def test_output_is_utf_8_whatever_the_locale(endless):
 
 
 def start(*arguments):
+    """Start the script; Ctrl-C reaches it even where whoever runs the tests ignores it."""
     return subprocess.Popen(
         [*SCRIPT, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -164,23 +243,48 @@ def test_a_closed_standard_output_is_refused(endless):
 # --- which checkpoint -----------------------------------------------------------------------------
 
 
-def test_the_checkpoint_comes_from_the_environment_the_folder_or_the_demo(tmp_path):
+def test_the_checkpoint_comes_from_the_environment_the_folder_or_the_demo(
+    capsys, monkeypatch, tmp_path
+):
     found = tmp_path / "Meta-Llama-3-8B"
     found.mkdir()
     for name in ("params.json", "consolidated.00.pth", "tokenizer.model"):
         (found / name).write_bytes((DEMO / name).read_bytes())
     prompt = ["--prompt", ULTIMATE]
+    monkeypatch.chdir(tmp_path)
 
-    result = run(*prompt, cwd=tmp_path)
-    assert b"using the model in Meta-Llama-3-8B (found in the current folder)\n" in result.stderr
-    assert result.stdout.strip() == b"42"
-
-    result = run(*prompt, cwd=tmp_path, LLAMA3_CKPT_DIR=str(DEMO))
-    assert f"using the model in {DEMO} (from LLAMA3_CKPT_DIR)\n".encode() in result.stderr
+    out, err = answered(capsys, *prompt)
+    assert err == "llama3.py: using the model in Meta-Llama-3-8B (found in the current folder)\n"
+    assert out.strip() == "42"
 
     (found / "tokenizer.model").unlink()
     other = ["--tokenizer", str(DEMO / "tokenizer.model")]
-    assert run(*prompt, *other, cwd=tmp_path).stdout.strip() == b"42"
+    assert answered(capsys, *prompt, *other).out.strip() == "42"
+
+    monkeypatch.setenv("LLAMA3_CKPT_DIR", str(DEMO))
+    _, err = answered(capsys, *prompt)
+    assert err == f"llama3.py: using the model in {DEMO} (from LLAMA3_CKPT_DIR)\n"
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "devices"),
+    [  # of what a machine has, what each name means there
+        (0, False, {"auto": "cpu", "cpu": "cpu"}),
+        (0, True, {"auto": "mps", "cpu": "cpu", "mps": "mps"}),
+        (2, False, {"auto": "cuda:0", "cpu": "cpu", "cuda": "cuda:0", "cuda:1": "cuda:1"}),
+        (1, True, {"auto": "cuda:0", "cpu": "cpu", "cuda": "cuda:0", "mps": "mps"}),
+    ],
+)
+def test_the_best_device_is_taken_or_the_one_that_is_named(monkeypatch, cuda, mps, devices):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    for name in ("auto", "cpu", "mps", "cuda", "cuda:1", "cuda:2"):
+        if name in devices:
+            assert command_line.choose_device(name) == torch.device(devices[name])
+        else:
+            with pytest.raises(command_line.UsageError, match=f"finds no {name} device here; use"):
+                command_line.choose_device(name)
 
 
 # --- refusals: status 2, one line, nothing on standard output -------------------------------------
@@ -227,7 +331,7 @@ BAD_NUMBERS = {
     "--max-new-tokens": ["0", "-1", "1.5", "x", "", "nan", "inf", "9" * 30],
     "--temperature": ["-0.1", "nan", "inf", "hot", ""],
     "--top-p": ["-0.1", "1.01", "nan", "inf", "x"],
-    "--seed": ["-1", "1.5", "x", str(2**64)],
+    "--seed": ["-1", "1.5", "x", str(2**63)],
     "--max-seq-len": ["0", "-1", "1e3", "nan", "9" * 30],
 }
 
@@ -272,11 +376,6 @@ def test_another_models_tokenizer_is_refused_with_both_sizes(capsys, tmp_path):
     line = refused(capsys, "--prompt", "a", "--tokenizer", str(tmp_path / "tokenizer.model"))
     assert "the tokenizer has 1277 tokens" in line
     assert "is 1280" in line
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
-def test_a_device_that_is_not_there_is_refused(capsys):
-    assert "finds no cuda device" in refused(capsys, "--prompt", "a", "--device", "cuda")
 
 
 def test_a_refusal_leaves_no_traceback_and_ends_with_status_2(tmp_path):

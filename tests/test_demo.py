@@ -71,6 +71,26 @@ def test_the_readme_reports_the_figures_of_the_committed_checkpoint(figures):
     assert sums == pytest.approx(stated[3] / stated[4], abs=0.05)
 
 
+def complete(tokens, tokenizer, weights, config):
+    """What the model goes on with, greedily."""
+    stop = tokenizer_setup.stop_tokens(tokenizer)
+    new = llama3.generate(tokens, weights, config, max_new_tokens=40, stop_tokens=stop)
+    return "".join(tokenizer_setup.decode_stream(tokenizer, new))
+
+
+@pytest.mark.parametrize("kind", ["facts", "sums"])
+def test_exactly_answered_is_what_greedy_decoding_answers_so(
+    text, kind, demo_config, demo_weights, demo_tokenizer
+):
+    model = demo_tokenizer, demo_weights, demo_config
+    for *asked, answer in text.questions[kind][:5]:
+        tokens = tokenizer_setup.encode_dialog(demo_tokenizer, asked)
+        assert complete(tokens, *model) == answer["content"]
+        assert train.answers_exactly([*asked, answer], *model)
+        for wrong in (answer["content"][:-1], answer["content"] + ".", "No."):
+            assert not train.answers_exactly([*asked, answer | {"content": wrong}], *model)
+
+
 @pytest.mark.parametrize(
     ("prompt", "completion"),
     [
@@ -82,7 +102,7 @@ def test_the_readme_reports_the_figures_of_the_committed_checkpoint(figures):
 )
 def test_it_completes_plain_text(prompt, completion, demo_config, demo_weights, demo_tokenizer):
     tokens = tokenizer_setup.encode(demo_tokenizer, prompt)
-    text = train.complete(tokens, demo_tokenizer, demo_weights, demo_config)
+    text = complete(tokens, demo_tokenizer, demo_weights, demo_config)
     assert text.lstrip().startswith(completion)
 
 
@@ -91,7 +111,7 @@ def test_it_answers_in_the_instruct_format_and_heeds_the_system_message(
 ):
     def answer(dialog):
         tokens = tokenizer_setup.encode_dialog(demo_tokenizer, dialog)
-        return train.complete(tokens, demo_tokenizer, demo_weights, demo_config)
+        return complete(tokens, demo_tokenizer, demo_weights, demo_config)
 
     question = [{"role": "user", "content": "What is the capital of Japan?"}]
     assert answer(question) == "The capital of Japan is Tokyo."
@@ -108,16 +128,18 @@ def test_the_corpus_is_the_same_each_time(text):
 def test_held_out_questions_are_not_in_the_training_text(text):
     rendered = [train.render(document) for document in text.train]
     everything = "".join(rendered)
+    asked = set(re.findall(r"<\|end_header_id\|>\n\n(.*?)<\|eot_id\|>", everything, re.DOTALL))
+    added = {frozenset(sum) for sum in re.findall(r"(?<!\d)(\d+) plus (?=(\d+))", everything)}
+    stories = {document for document in text.held_out if isinstance(document, str)}
+    assert min(map(len, (asked, added, stories, *text.questions.values()))) > 20
     for question, answer in text.questions["facts"]:
         assert train.render([question, answer]) not in everything
-        assert f"<|end_header_id|>\n\n{question['content']}<|eot_id|>" not in everything
-        assert answer["content"] in everything  # the fact itself is there
+        assert question["content"] not in asked
+        assert answer["content"] in asked  # the fact itself is there
     for _, answer in text.questions["sums"]:
         a, _, b, _, total = answer["content"].rstrip(".").split()
         assert int(a) + int(b) == int(total)
-        for x, y in ((a, b), (b, a)):
-            assert not re.search(rf"(?<!\d){x} plus {y}(?!\d)", everything)
-    stories = {document for document in text.held_out if isinstance(document, str)}
+        assert frozenset((a, b)) not in added
     assert not any(story in everything for story in stories)
 
 

@@ -1,0 +1,391 @@
+"""Mutated files, random options and any prompt: a right result, or one line and status 2.
+
+Five kinds of cases, each as many as the Hypothesis profile says: 400 by default, 10,000 with
+`--hypothesis-profile long` (see README.md here). A case runs the whole program in this process, on
+a copy of a model so small that it takes a few milliseconds.
+"""
+
+import base64
+import contextlib
+import io
+import json
+import math
+import re
+import shutil
+import warnings
+import zipfile
+
+import pytest
+import torch
+from conftest import config_of, random_weights
+from hypothesis import given, note
+from hypothesis import strategies as st
+
+import command_line
+import llama3
+import tokenizer_setup
+from checkpoint_files import CheckpointError
+
+PARAMS = {
+    "dim": 32,
+    "n_layers": 1,
+    "n_heads": 2,
+    "n_kv_heads": 1,
+    "vocab_size": 512,
+    "multiple_of": 16,
+    "norm_eps": 1e-05,
+    "rope_theta": 500000.0,
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A checkpoint whose vocabulary is the single bytes; the folder is not to be changed."""
+    folder = tmp_path_factory.mktemp("made")
+    weights = random_weights(config_of(folder, **PARAMS), torch.bfloat16)
+    weights["output.weight"][256:] = 0  # no special token is the likeliest: none ends a completion
+    torch.save(weights, folder / "consolidated.00.pth")
+    lines = [f"{base64.b64encode(bytes([byte])).decode()} {byte}\n" for byte in range(256)]
+    (folder / "tokenizer.model").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(made, tmp_path_factory):
+    """A copy of it, of which each case writes one file anew."""
+    return shutil.copytree(made, tmp_path_factory.mktemp("fuzz") / "changed")
+
+
+@pytest.fixture(autouse=True)
+def whole_again(made, folder):
+    yield
+    shutil.copytree(made, folder, dirs_exist_ok=True)
+
+
+def run(folder, *arguments):
+    """The status of the program and what it wrote to each stream, which hold what they may."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = command_line.main(["--ckpt-dir", str(folder), "--device", "cpu", *arguments])
+    out, err = out.getvalue(), err.getvalue()
+    note(err)
+    lines = err.split("\n")
+    assert lines.pop() == ""
+    assert all(line.startswith(("llama3.py: ", "{")) and line.isprintable() for line in lines)
+    errors = [line for line in lines if line.startswith("llama3.py: error: ")]
+    if status == 2:
+        assert errors == lines[-1:]
+        assert len(errors[0]) < 600 + len(str(folder))
+        later = re.search(r"logits of new token ([2-9]) are not finite", err)
+        assert len(out) == (int(later[1]) - 1 if later else 0)  # what was written stays
+    else:
+        assert (status, errors) == (0, [])
+    return status, out, err
+
+
+COMPLETE = ["--prompt", "ab", "--max-new-tokens", "2"]
+
+
+@st.composite
+def edited(draw, content):
+    """`content` with some bytes changed, left out, doubled or put in, or cut off."""
+    changed = bytearray(content)
+    for _ in range(draw(st.integers(1, 4))):
+        end = len(changed)
+        places = [st.integers(0, end), st.integers(0, min(end, 2000))]
+        places.append(st.integers(max(end - 3000, 0), end))  # the directory of a zip archive
+        at = draw(st.one_of(places))
+        how = draw(st.sampled_from(["flip", "flip", "set", "leave out", "put in", "double", "cut"]))
+        if how == "flip" and at < end:
+            changed[at] ^= 1 << draw(st.integers(0, 7))
+        elif how == "set":
+            new = draw(st.binary(min_size=1, max_size=8))
+            changed[at : at + len(new)] = new
+        elif how == "leave out":
+            del changed[at : at + draw(st.integers(1, 40))]
+        elif how == "put in":
+            changed[at:at] = draw(st.binary(min_size=1, max_size=8))
+        elif how == "double":
+            changed[at:at] = changed[at : at + draw(st.integers(1, 40))]
+        elif how == "cut":
+            del changed[at:]
+    return bytes(changed)
+
+
+# --- params.json ----------------------------------------------------------------------------------
+
+NUMBERS = st.one_of(
+    st.integers(-3, 600),
+    st.sampled_from([2**31, 2**63, 10**40, -1, 0, 1]),
+    st.floats(),
+    st.floats(0, 2),
+)
+VALUES = st.recursive(
+    st.one_of(st.none(), st.booleans(), NUMBERS, st.text(max_size=9)),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=4,
+)
+POSSIBLE = {  # values that such a model may have, if not always this one
+    "n_kv_heads": st.sampled_from([1, 2, None]),
+    "vocab_size": st.just(-1),
+    "multiple_of": st.sampled_from([1, 2, 16, 32, 48, 96]),
+    "ffn_dim_multiplier": st.floats(0.9, 1.2),
+    "norm_eps": st.floats(1e-12, 1),
+    "rope_theta": st.floats(1, 1e12) | st.integers(1, 10**6),
+    "use_scaled_rope": st.booleans(),
+    "rope_scaling_factor": st.floats(1, 1e6) | st.integers(1, 32),
+}
+KEYS = st.one_of(
+    st.sampled_from(
+        [*llama3.PARAMS_LIMITS, "head_dim", "rope_scaling", "max_seq_len", "lora_args"]
+    ),
+    st.text(max_size=9),
+)
+
+
+@st.composite
+def params_files(draw):
+    params = dict(PARAMS)
+    for key in draw(st.lists(st.sampled_from([*params]), max_size=1)):
+        del params[key]
+    params |= draw(st.fixed_dictionaries({}, optional=POSSIBLE))
+    params |= draw(st.dictionaries(KEYS, VALUES, max_size=1))
+    text = json.dumps(
+        params, ensure_ascii=draw(st.booleans()), indent=draw(st.sampled_from([0, 2]))
+    )
+    encoding = draw(st.sampled_from(["utf-8", "utf-8", "utf-8-sig", "utf-16", "utf-32-le"]))
+    content = text.encode(encoding, "surrogatepass")
+    return draw(edited(content)) if draw(st.booleans()) else content
+
+
+def one_number(value):
+    """A value of params.json or Config, so that 1 and 1.0 are equal, and True is neither."""
+    return value if isinstance(value, bool | None) else float(value)
+
+
+@given(content=params_files())
+def test_params(folder, content):
+    """What is accepted has the values that the file gives, and fits the weights."""
+    (folder / "params.json").write_bytes(content)
+    status, out, _ = run(folder, *COMPLETE)
+    if status == 0:
+        assert len(out.encode()) >= 2
+        params = json.loads(content)
+        config = llama3.load_config(folder)
+        for key, value in config._asdict().items():
+            default = {"n_kv_heads": config.n_heads} | llama3.Config._field_defaults
+            given = params.get(key) if params.get(key) is not None else default.get(key)
+            if (key, given) == ("n_kv_heads", None):
+                given = config.n_heads
+            if (key, given) == ("vocab_size", -1):
+                given = PARAMS["vocab_size"]
+            assert one_number(value) == one_number(given), key
+        assert (config.dim, config.n_layers, config.vocab_size) == (32, 1, 512)
+
+
+# --- consolidated.00.pth --------------------------------------------------------------------------
+
+
+@given(data=st.data())
+def test_bytes_of_a_checkpoint(made, folder, data):
+    """What is accepted is what PyTorch reads without mapping it, and of the right shapes."""
+    content = data.draw(edited((made / "consolidated.00.pth").read_bytes()))
+    path = folder / "consolidated.00.pth"
+    path.unlink(missing_ok=True)  # for what is mapped of it still
+    path.write_bytes(content)
+    status, _, err = run(folder, *COMPLETE)
+    config = llama3.load_config(folder)
+    try:
+        weights = llama3.load_weights(folder, config)
+    except CheckpointError:
+        assert status == 2
+        return
+    assert status == 0 or "not finite" in err or "memory" in err
+    read = torch.load(path, map_location="cpu", weights_only=True)
+    for name, shape in llama3.weight_shapes(config).items():
+        assert weights[name].shape == shape
+        assert torch.equal(weights[name].view(torch.uint8), read[name].view(torch.uint8))
+
+
+CHANGES = {  # what is done to a weight, and whether the model can still be run
+    "leave out": (lambda w: None, False),
+    "float32": (lambda w: w.float(), True),
+    "float16": (lambda w: w.half(), True),
+    "a parameter": (lambda w: torch.nn.Parameter(w), True),
+    "other strides": (lambda w: torch.stack([w, w], -1)[..., 0], True),
+    "a part of more": (lambda w: torch.cat([w, w])[: len(w)], True),
+    "float64": (lambda w: w.double(), False),
+    "int8": (lambda w: w.to(torch.int8), False),
+    "complex": (lambda w: w.to(torch.complex64), False),
+    "a row less": (lambda w: w[1:], False),
+    "a dimension more": (lambda w: w[None], False),
+    "a number": (lambda w: 1.5, False),
+    "a list": (lambda w: w[:2].tolist(), False),
+    "no storage": (lambda w: w.to("meta"), False),
+    "sparse": (lambda w: w.to_sparse(), False),
+    "a number shown often": (
+        lambda w: w.flatten()[:1].clone().expand(w.numel()).view(w.shape),
+        False,
+    ),
+    "NaN": (lambda w: w * math.nan, False),
+    "infinity": (lambda w: w + math.inf, False),
+}
+EXTRA = {
+    "rope.freqs": True,
+    "layers.1.attention.wq.weight": False,
+    "tok_embeddings.bias": False,
+    "": False,
+    "\n\x1b": False,
+    3: False,
+}
+
+
+@given(data=st.data())
+def test_contents_of_a_checkpoint(made, folder, data):
+    """Accepted is what the model can be run with, and nothing else, in any of PyTorch's formats."""
+    original = torch.load(made / "consolidated.00.pth", weights_only=True)
+    weights, usable = dict(original), True
+    chosen = st.dictionaries(st.sampled_from([*original]), st.sampled_from([*CHANGES]), max_size=3)
+    changes = data.draw(chosen)
+    for name, change in changes.items():
+        function, keeps = CHANGES[change]
+        weights[name] = function(weights[name])
+        if weights[name] is None:
+            del weights[name]
+            keeps = name == "output.weight"  # then it is tied
+        usable &= keeps
+    for name in data.draw(st.sets(st.sampled_from([*EXTRA]), max_size=1)):
+        weights[name] = torch.ones(2)
+        usable &= EXTRA[name]
+    path = folder / "consolidated.00.pth"
+    path.unlink(missing_ok=True)
+    form = data.draw(st.sampled_from(["zip", "zip", "compressed", "old"]))
+    torch.save(weights, path, _use_new_zipfile_serialization=form != "old")
+    if form == "compressed":
+        saved = io.BytesIO(path.read_bytes())
+        with zipfile.ZipFile(saved) as a, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as b:
+            for entry in a.infolist():
+                b.writestr(entry.filename, a.read(entry))
+    dtype = data.draw(st.sampled_from([[], ["--dtype", "float32"], ["--dtype", "bfloat16"]]))
+    status, _, err = run(folder, *COMPLETE, *dtype)
+    assert status == (0 if usable else 2)
+    assert ("not mapped" in err) == (form != "zip")
+    if usable:
+        with warnings.catch_warnings(action="ignore"):  # as main has noted it
+            loaded = llama3.load_weights(folder, llama3.load_config(folder), dtype=torch.float32)
+        for name, weight in original.items():
+            expected = original["tok_embeddings.weight"] if name not in weights else weight
+            rounded = expected.half() if changes.get(name) == "float16" else expected
+            assert torch.equal(loaded[name], rounded.float())
+
+
+# --- tokenizer.model ------------------------------------------------------------------------------
+
+
+@st.composite
+def vocabularies(draw, content):
+    lines = content.splitlines(keepends=True)
+    merged = draw(st.lists(st.binary(min_size=1, max_size=3), max_size=4))
+    for rank, token in enumerate(merged, start=len(lines)):
+        lines.append(b"%s %d\n" % (base64.b64encode(token), rank))
+    if draw(st.booleans()):
+        lines = [lines[i] for i in draw(st.permutations(range(len(lines))))]
+    for _ in range(draw(st.integers(0, 2))):
+        i = draw(st.integers(0, len(lines) - 1))
+        how = draw(st.sampled_from(["edit", "another token", "leave out", "twice", "blank"]))
+        if how == "edit":
+            lines[i] = draw(edited(lines[i]))
+        elif how == "another token":
+            token = base64.b64encode(draw(st.binary(min_size=2, max_size=3)))
+            rank = (lines[i].split() or [b"0"])[-1]
+            lines[i] = token + b" " + rank + b"\n"
+        else:
+            lines[i] = {"leave out": b"", "twice": lines[i] * 2, "blank": b"\n"}[how]
+    return b"".join(lines)
+
+
+@given(data=st.data(), text=st.text())
+def test_vocabularies(made, folder, data, text):
+    """What is accepted spells every text, with as many tokens as the file has lines."""
+    content = data.draw(vocabularies((made / "tokenizer.model").read_bytes()))
+    (folder / "tokenizer.model").write_bytes(content)
+    status, _, _ = run(folder, *COMPLETE)
+    try:
+        tokenizer = tokenizer_setup.load_tokenizer(folder / "tokenizer.model")
+    except CheckpointError:
+        assert status == 2
+        return
+    n_lines = sum(bool(line) for line in content.splitlines())
+    assert tokenizer.n_vocab == n_lines + 256
+    assert status == (0 if n_lines == 256 else 2), "the weights are for 512 tokens"
+    text += "".join(map(chr, range(300)))
+    assert tokenizer.decode(tokenizer_setup.encode(tokenizer, text, bos=False)) == text
+
+
+# --- options and prompts --------------------------------------------------------------------------
+
+
+def spelled(numbers, allowed):
+    """Texts of numbers, each with whether it is allowed."""
+    return numbers.map(lambda number: (str(number), allowed(number)))
+
+
+WRONG = st.sampled_from(["", "x", "nan", "inf", "-inf", "1e400", "0x10", "1_", "٣x", "--", "\n"])
+OPTIONS = {
+    "--max-new-tokens": spelled(
+        st.integers(-2, 5) | st.just(1.0), lambda n: type(n) is int and n > 0
+    ),
+    "--max-seq-len": spelled(st.integers(-2, 9999), lambda n: n >= 1),
+    "--temperature": spelled(st.floats(-1, 1e6) | st.integers(-1, 9), lambda x: x >= 0),
+    "--top-p": spelled(st.floats(-0.5, 1.5), lambda p: 0 <= p <= 1),
+    "--seed": spelled(st.integers(-9, 2**65), lambda n: 0 <= n < 2**63),
+    "--dtype": st.sampled_from(
+        [("float32", True), ("bfloat16", True), ("float16", True), ("int8", False), ("", False)]
+    ),
+    "--device": st.sampled_from(
+        [("auto", True), ("cpu", True), ("tpu", False), ("cuda:-1", False), ("cuda:999", False)]
+    ),
+}
+
+
+@st.composite
+def option_lists(draw):
+    """Arguments, and whether each of them is allowed."""
+    arguments, right = [], True
+    for option in draw(st.lists(st.sampled_from([*OPTIONS]), unique=True, max_size=4)):
+        value, allowed = draw(OPTIONS[option])
+        if draw(st.integers(0, 9)) == 0:
+            value, allowed = draw(WRONG), False
+        arguments += [f"{option}={value}"]
+        right &= allowed
+    return arguments, right
+
+
+TEXTS = st.one_of(
+    st.text(max_size=60),
+    st.text(alphabet=st.characters(categories=["Cc", "Cf", "Zs", "Co"]), max_size=20),
+    st.lists(st.sampled_from([*tokenizer_setup.SPECIAL_TOKENS[:12], " ", "a", "\n"])).map("".join),
+    st.characters().flatmap(lambda c: st.integers(1, 300).map(lambda n: c * n)),
+)
+
+
+@given(options=option_lists(), prompt=TEXTS, in_a_file=st.booleans(), mark=st.booleans())
+def test_options_and_prompts(made, folder, options, prompt, in_a_file, mark):
+    """A prompt is any text, and is never a special token; the options say what is allowed."""
+    arguments, right = options
+    limits = [int(a.split("=")[1]) for a in arguments if a.startswith("--max-seq-len=") and right]
+    n_tokens = 1 + len(prompt.encode())  # of this vocabulary
+    if in_a_file:
+        path = folder.parent / "prompt.txt"
+        content = "\ufeff" * mark + prompt + "\n"  # a byte order mark and the line break go
+        path.write_bytes(content.encode())
+        asked = ["--prompt-file", str(path)]
+        n_tokens -= prompt.endswith("\r") + 3 * (prompt.startswith("\ufeff") and not mark)
+    else:
+        asked = [f"--prompt={prompt}"]
+    status, _, err = run(made, *asked, "--stats", "--max-new-tokens=3", *arguments)
+    assert status == (0 if right and all(n_tokens <= n for n in limits) else 2)
+    if status == 0:
+        spells = any(name in prompt for name in tokenizer_setup.SPECIAL_TOKENS)
+        assert ("the prompt is plain text" in err) == spells
+        assert json.loads(err.splitlines()[-1])["prompt_tokens"] == n_tokens
