@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 DOWNLOAD_AGAIN = "download it again"
 
@@ -317,6 +317,61 @@ def refuse_other_computation(
         if re.search("rope|scal|factor|yarn|ntk", key, re.IGNORECASE):
             expected = 'Meta\'s "use_scaled_rope": true and "rope_scaling_factor" in its place'
         raise CheckpointError(path, f"{problem} and is not known here; expected {expected}")
+
+
+# --- what a file held -----------------------------------------------------------------------------
+
+
+def embeddings_in(content: object, path: str | os.PathLike) -> Any:
+    """tok_embeddings.weight from what a checkpoint file held, which must be a text model's weights.
+
+    Raises CheckpointError, which says what it is instead.
+    """
+    found = describe_weights(content)
+    if found:
+        raise CheckpointError(path, f"found {found}")
+    embeddings = content.get("tok_embeddings.weight")
+    if len(getattr(embeddings, "shape", ())) != 2:
+        problem = "tok_embeddings.weight is missing or no matrix, expected [vocab_size, dim]"
+        raise CheckpointError(path, problem)
+    return embeddings
+
+
+def check_weights(
+    content: object,
+    shapes: dict[str, tuple[int, ...]],
+    types: Collection[str],
+    path: str | os.PathLike,
+) -> dict[str, Any]:
+    """What a checkpoint file held, if it is just the tensors of these shapes, each of a known type.
+
+    An entry "rope.freqs" is left out, and output.weight may be missing, which makes it the
+    embeddings. Raises CheckpointError, which names `path`.
+    """
+
+    def refuse(problem: str) -> NoReturn:
+        raise CheckpointError(path, problem)
+
+    embeddings = embeddings_in(content, path)
+    weights = {name: tensor for name, tensor in content.items() if name != "rope.freqs"}
+    weights.setdefault("output.weight", embeddings)  # tied
+    for name, shape in shapes.items():
+        tensor = weights.get(name)
+        if tensor is None:
+            refuse(f"{name} is missing, expected a tensor of shape {[*shape]}")
+        if str(getattr(tensor, "layout", None)) != "torch.strided" or tensor.is_meta:
+            refuse(f"{name} is no dense tensor, expected one of shape {[*shape]}")
+        if tensor.shape != shape:
+            refuse(f"{name} has shape {[*tensor.shape]}, expected {[*shape]} from params.json")
+        found = str(tensor.dtype).removeprefix("torch.")
+        if found not in types:
+            refuse(f"{name} is of type {found}, expected one of {', '.join(types)}")
+        if tensor.nbytes > tensor.untyped_storage().nbytes():
+            refuse(f"{name} shows fewer stored numbers again and again, expected each to be stored")
+    for name in weights.keys() - shapes.keys():
+        found = one_line(repr(name), 80)
+        refuse(f"found {found}, which is no weight of a Llama 3 text model with these params")
+    return weights
 
 
 # --- values ---------------------------------------------------------------------------------------

@@ -16,9 +16,11 @@ import argparse
 import contextlib
 import functools
 import json
+import logging
 import math
 import os
 import re
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,16 +34,15 @@ from tqdm import tqdm
 import llama3
 import tokenizer_setup
 from checkpoint_files import (
-    MAPPABLE,
     CheckpointError,
     Limits,
-    find_file,
-    kind_of_archive,
     one_line,
     out_of_memory,
 )
 
 DEMO_DIR = Path(__file__).resolve().parent / "demo"
+THREADS_BYTES = 2**28
+COMPILED_FROM_BYTES = 5e8  # of weights: below, compiling takes longer than it saves
 MAX_PROMPT_BYTES = 2**26  # more than any context holds, and not more than is quickly read
 
 
@@ -224,6 +225,18 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         type=positive,
     )
     parser.add_argument(
+        "--compile",
+        help="compile the products of one token for this processor, which takes seconds the first "
+        "time (default: on a CPU, for weights of more than half a gigabyte)",
+        action=argparse.BooleanOptionalAction,
+    )
+    parser.add_argument(
+        "--threads",
+        help="threads to compute with on the CPU (default: one a core)",
+        metavar="N",
+        type=number(Limits(int, 1, 1024)),
+    )
+    parser.add_argument(
         "--stats",
         help="end with a line of JSON on standard error",
         action="store_true",
@@ -357,26 +370,33 @@ def free_bytes(device: torch.device) -> float:
         group = "/sys/fs/cgroup/memory"
         used = read(f"{group}.current", r"(\d+)") - read(f"{group}.stat", r"^inactive_file (\d+)")
         limits.append(read(f"{group}.max", r"^(\d+)") - used)
-    with contextlib.suppress(ImportError, OSError, TypeError):  # of address space (ulimit -v)
-        import resource
+    with contextlib.suppress(ImportError, OSError, TypeError):  # of address space (ulimit -v), of
+        import resource  # which PyTorch's threads need some, or end the process without a word
 
-        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-        if limit != resource.RLIM_INFINITY:
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0] - THREADS_BYTES
+        if limit != resource.RLIM_INFINITY - THREADS_BYTES:
             limits.append(limit - 1024 * read("/proc/self/status", r"^VmSize:\s+(\d+) kB"))
     return max(min(limits, default=math.inf), 0)
+
+
+def amount(size: float) -> str:
+    """A number of bytes for a message."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.0f} MB"
 
 
 def bytes_needed(
     config: llama3.Config, weights: float, itemsize: int, prompt_tokens: int, new_tokens: int
 ) -> dict[str, float]:
-    """What the weights, the cache and the work on the whole prompt at once take, about.
+    """What the weights, the cache and the work on a block of the prompt take, about.
 
-    weights: their bytes; itemsize: bytes of a number of the cache and of the activations. The
-    scores exist several times: as products, scaled, masked, in float32, and as shares.
+    weights: their bytes; itemsize: bytes of a number of the cache and of the activations. Scores
+    exist several times: as products, scaled, masked, in float32, and as shares.
     """
     position = 2 * config.n_layers * config.n_kv_heads * config.head_dim * itemsize
-    scores = config.n_heads * prompt_tokens**2 * (10 if itemsize == 2 else 8)
-    activations = prompt_tokens * (3 * config.ffn_dim + 8 * config.dim) * itemsize
+    block = min(prompt_tokens, llama3.PREFILL_TOKENS)
+    most = max(llama3.MOST_SCORES, config.n_heads * prompt_tokens * 32)
+    scores = min(config.n_heads * block * prompt_tokens, most) * (10 if itemsize == 2 else 8)
+    activations = block * (3 * config.ffn_dim + 8 * config.dim) * itemsize
     return {
         "weights": weights,
         "cache": position * (prompt_tokens + new_tokens),
@@ -385,43 +405,40 @@ def bytes_needed(
 
 
 def check_memory(
-    ckpt_dir: Path,
     config: llama3.Config,
+    weights: llama3.Weights,
     device: torch.device,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype,
     prompt_tokens: int,
     new_tokens: int,
 ) -> None:
     """Raise UsageError if the model and the prompt need more memory than is free.
 
-    Notes if the completion may. On the CPU, weights that are mapped as they are need none of their
-    own: what is not used is dropped and read again.
+    Notes if the completion may. On the CPU weights need none of their own: those that are mapped
+    are dropped and read again, and those that are not are in memory already.
     """
-    path = find_file(ckpt_dir, "consolidated.00.pth")
-    n_weights = sum(math.prod(shape) for shape in llama3.weight_shapes(config).values())
-    stored = 4 if path.stat().st_size > 3 * n_weights else 2  # bytes of a number
-    itemsize = stored if dtype is None else dtype.itemsize
-    mapped = device.type == "cpu" and itemsize == stored and kind_of_archive(path) == MAPPABLE
-    weights = 0 if mapped else n_weights * itemsize
+    weights_bytes = 0
+    if device.type != "cpu":
+        distinct = {weight.data_ptr(): weight.numel() for weight in weights.values()}
+        weights_bytes = sum(distinct.values()) * dtype.itemsize
 
     def needed(prompt: int, new: int) -> dict[str, float]:
-        return bytes_needed(config, weights, itemsize, prompt, new)
+        return bytes_needed(config, weights_bytes, dtype.itemsize, prompt, new)
 
     free = free_bytes(device)
     parts = needed(prompt_tokens, 1)
     if sum(parts.values()) > free:
-        found = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
-        total = sum(parts.values()) / 1e9
+        found = ", ".join(f"{name} {amount(size)}" for name, size in parts.items())
         fits = 0
         for step in reversed(range(prompt_tokens.bit_length())):  # the longest prompt, bit by bit
             if sum(needed(fits + 2**step, 1).values()) <= free:
                 fits += 2**step
         advice = f"a prompt of {fits} tokens would fit" if fits else "use a smaller model"
-        if not fits and itemsize == 4:
+        if not fits and dtype.itemsize == 4 and weights_bytes:
             advice += " or --dtype bfloat16"
         raise UsageError(
-            f"this needs {total:.1f} GB of memory ({found}), but {free / 1e9:.1f} GB are free on "
-            f"{device.type}; {advice}"
+            f"this needs {amount(sum(parts.values()))} of memory ({found}), but {amount(free)} "
+            f"are free on {device.type}; {advice}"
         )
     if sum(needed(prompt_tokens, new_tokens).values()) > free:
         each = needed(0, 1)["cache"]
@@ -472,6 +489,39 @@ def stats_of(
     return stats
 
 
+# --- speed ----------------------------------------------------------------------------------------
+
+
+def bar(what: str, unit: str, delay: float) -> Callable[[Iterable], Iterable]:
+    """A progress bar on a terminal for what takes longer than `delay` seconds."""
+    options = {"unit": f" {unit}", "delay": delay, "leave": False, "disable": None}
+    return functools.partial(tqdm, desc=what, **options)
+
+
+def worth_compiling(weights: llama3.Weights, device: torch.device) -> bool:
+    """Whether compiled products save more than compiling takes, and a C++ compiler is at hand."""
+    size = sum(weight.nbytes for weight in weights.values())
+    compilers = (os.environ.get("CXX"), "g++", "clang++", "cl")
+    found = any(shutil.which(name) for name in compilers if name)
+    return device.type == "cpu" and size > COMPILED_FROM_BYTES and found
+
+
+def compiled(weights: llama3.Weights) -> llama3.Weights:
+    """The weights with compiled products of one token, or as they are where that fails."""
+    start = time.perf_counter()
+    logging.disable(logging.ERROR)  # what the compiler has to say is for those who develop it
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            weights = llama3.compiled_products(weights)
+        note(f"products of one token were compiled in {time.perf_counter() - start:.1f} s")
+    except Exception as error:  # it fails in many ways
+        reason = one_line(str(error).partition("\n")[0] or error)
+        note(f"going on without compiled products, which failed: {reason}")
+    finally:
+        logging.disable(logging.NOTSET)
+    return weights
+
+
 # --- a completion ---------------------------------------------------------------------------------
 
 
@@ -487,7 +537,8 @@ def run(args: argparse.Namespace) -> int:
     prompt = read_prompt(args)
     ckpt_dir = args.ckpt_dir or default_checkpoint()
     device = choose_device(args.device)
-    dtype = llama3.DTYPES.get(args.dtype)
+    if args.threads:
+        torch.set_num_threads(args.threads)
     config = llama3.load_config(ckpt_dir)
     tokenizer = matching_tokenizer(args.tokenizer or ckpt_dir / "tokenizer.model", config)
     spelled = tokenizer_setup.special_tokens_in(prompt)
@@ -497,9 +548,12 @@ def run(args: argparse.Namespace) -> int:
     max_seq_len = args.max_seq_len or config.max_seq_len
     check_room(len(prompt_tokens), args.max_new_tokens, max_seq_len, config)
     n_new = min(args.max_new_tokens, max_seq_len - len(prompt_tokens))
-    check_memory(ckpt_dir, config, device, dtype, len(prompt_tokens), n_new)
-    bar = {"desc": "loading", "unit": " tensors", "delay": 0.5, "leave": False, "disable": None}
-    weights = llama3.load_weights(ckpt_dir, config, device, dtype, functools.partial(tqdm, **bar))
+    weights = llama3.map_weights(ckpt_dir, config)
+    dtype = llama3.DTYPES.get(args.dtype) or llama3.default_dtype(weights, device)
+    check_memory(config, weights, device, dtype, len(prompt_tokens), n_new)
+    weights = llama3.place_weights(weights, device, dtype, bar("loading", "tensors", delay=0.5))
+    if args.compile or (args.compile is None and worth_compiling(weights, device)):
+        weights = compiled(weights)
     load_s = time.perf_counter() - start
 
     tokens = llama3.generate(
@@ -510,6 +564,7 @@ def run(args: argparse.Namespace) -> int:
         sampling=llama3.Sampling(args.temperature, args.top_p, args.seed),
         stop_tokens=tokenizer_setup.stop_tokens(tokenizer),
         max_seq_len=max_seq_len,
+        progress=bar("reading the prompt", "blocks", delay=2),
     )
     times = [time.perf_counter()]  # of the start, then of every token
     texts = tokenizer_setup.decode_stream(tokenizer, timed(tokens, times))

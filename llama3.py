@@ -32,7 +32,6 @@ import math
 import numbers
 import os
 import warnings
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -45,7 +44,8 @@ from checkpoint_files import (
     MAPPABLE,
     CheckpointError,
     Limits,
-    describe_weights,
+    check_weights,
+    embeddings_in,
     find_file,
     find_weights,
     one_line,
@@ -94,7 +94,14 @@ class Config(NamedTuple):
 
 # --- 2. Weights -----------------------------------------------------------------------------------
 
-Weights = dict[str, Tensor]  # under Meta's names: see weight_shapes
+
+class Weights(dict[str, Tensor]):
+    """Tensors under Meta's names: see weight_shapes. A plain dict serves as well.
+
+    The norms have the type that is computed in; the matrices may be stored in any other.
+    """
+
+    one_token: Callable[[Tensor, Tensor], Tensor] | None = None  # see compiled_products
 
 
 def weight_shapes(config: Config) -> dict[str, tuple[int, ...]]:
@@ -126,6 +133,18 @@ def weight_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 # parameters are used by the notebook, the demo and the tests.)
 
 
+CONVERTED_NUMBERS = 2**20  # of a matrix at a time: few enough to stay in a processor's caches
+
+
+def _product_with_another_type(x: Tensor, w: Tensor) -> Tensor:
+    """x @ w.T in the type of x, to the same bits, without a second copy of w: a piece at a time."""
+    rows = max(CONVERTED_NUMBERS // w.shape[1] // 64, 1) * 64
+    room = x.new_empty(rows, w.shape[1])  # for every piece, unless autograd needs them all later
+    keep = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
+    pieces = (part.to(x.dtype) if keep else room[: len(part)].copy_(part) for part in w.split(rows))
+    return torch.cat([x @ piece.T for piece in pieces], dim=-1)
+
+
 def linear(x: Tensor, weights: Weights, name: str) -> Tensor:
     """Each vector in x times the matrix `name`: the one product of activations and weights.
 
@@ -133,7 +152,10 @@ def linear(x: Tensor, weights: Weights, name: str) -> Tensor:
     one output takes of each input, hence the transpose.
     """
     w = weights[f"{name}.weight"]
-    return x @ w.T
+    one_token = getattr(weights, "one_token", None)
+    if one_token is not None and x.numel() == w.shape[1]:
+        return one_token(x, w)
+    return x @ w.T if w.dtype == x.dtype else _product_with_another_type(x, w)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -214,21 +236,33 @@ def repeat_heads(x: Tensor, times: int) -> Tensor:
     return x.transpose(-3, -2).repeat_interleave(times, dim=-2).transpose(-3, -2)
 
 
+MOST_SCORES = 2**22  # of attention, at a time
+
+
 def grouped_query_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
     """Each query head gathers values; G neighbours share one head of them (Ainslie et al. 2023).
 
-    q [..., K * G, T, d], k and v [..., K, L, d], visible [T, L] -> [..., K * G, T, d].
+    q [..., K * G, T, d], k and v [..., K, L, d] -> [..., K * G, T, d]. visible: as in `attention`.
+    Queries go through in blocks, so that there are about MOST_SCORES scores at a time.
     """
     T, L = q.shape[-2], k.shape[-2]
     group = q.shape[-3] // k.shape[-3]  # not from the config: these may be some of its heads
     if T == L:  # a whole sequence: the reference's operations, to the last bit
-        k, v = repeat_heads(k, group), repeat_heads(v, group)  # [..., K * G, L, d]
-        return attention_shares(q, k, visible) @ v
-    # A continuation: the queries of a group are rows of one product, and k and v are not repeated.
-    q = q.unflatten(-3, (-1, group)).flatten(-3, -2)  # [..., K, G * T, d]
-    visible = torch.cat([visible] * group, dim=-2)  # row g * T + t is for token t of head g
-    heads = attention_shares(q, k, visible) @ v  # [..., K, G * T, d]
-    return heads.unflatten(-2, (group, T)).flatten(-4, -3)  # [..., K * G, T, d]
+        k, v, group = repeat_heads(k, group), repeat_heads(v, group), 1
+    # Else the queries of a group are rows of one product, and k and v are not repeated.
+    blocks = max(min(q[..., 0].numel() * L // MOST_SCORES + 1, T // 16), 1)
+    heads = torch.empty_like(
+        q
+    )  # written to block by block: a list of them would scatter the memory
+    for i in range(blocks):
+        block = slice(T * i // blocks, T * (i + 1) // blocks)
+        rows = q[..., block, :].unflatten(-3, (-1, group)).flatten(-3, -2)  # [..., K, G * T, d]
+        seen = visible[block]
+        if seen.dim() == 1:
+            seen = torch.arange(L, device=q.device) <= seen[:, None]  # [T, L]
+        shares = attention_shares(rows, k, torch.cat([seen] * group))  # row g * T + t: head g
+        heads[..., block, :] = (shares @ v).unflatten(-2, (group, -1)).flatten(-4, -3)
+    return heads
 
 
 def attention(
@@ -243,7 +277,8 @@ def attention(
 ) -> Tensor:
     """Each token gathers what it needs from the tokens up to itself: x [..., T, dim] -> the same.
 
-    rotations [T, d / 2]; visible [T, L] says which positions each token may look at.
+    rotations [T, d / 2]; visible [T, L] is true where a token may look, or visible [T] holds the
+    last of the L positions that it may look at.
     With a cache [2, ..., n_kv_heads, L, d], the tokens' keys and values are written into it at
     `positions` [T], and all of it is attended to; without one, L = T.
     """
@@ -281,15 +316,13 @@ def forward(
         the cache, cache[..., :L, :], to leave the positions from L on untouched and unread.
     last_only: compute the logits of the last token only, [..., 1, vocab_size].
     """
+    in_order = positions is None or cache is not None  # the key of position i is the one at i
     if positions is None:
         positions = torch.arange(tokens.shape[-1], device=tokens.device)
-    key_positions = positions
-    if cache is not None:
-        key_positions = torch.arange(cache.shape[-2], device=tokens.device)
-    visible = key_positions <= positions[:, None]  # [T, L]: none may look ahead
+    visible = positions if in_order else positions <= positions[:, None]  # none may look ahead
     rotations = rope_rotations(positions, config)  # [T, d / 2]
 
-    x = weights["tok_embeddings.weight"][tokens]  # [..., T, dim]
+    x = weights["tok_embeddings.weight"][tokens].to(weights["norm.weight"].dtype)  # [..., T, dim]
     for layer in range(config.n_layers):
         normed = rms_norm(x, weights[f"layers.{layer}.attention_norm.weight"], config.norm_eps)
         layer_cache = None if cache is None else cache[layer]
@@ -302,6 +335,33 @@ def forward(
         x = x[..., -1:, :]
     x = rms_norm(x, weights["norm.weight"], config.norm_eps)
     return linear(x, weights, "output").float()
+
+
+def _one_token(x: Tensor, w: Tensor) -> Tensor:
+    """x @ w.T for one vector x [..., inputs], as it compiles to a loop that reads w once.
+
+    It converts, multiplies and sums in float32 on the way. Of sums of more than 4096 numbers
+    PyTorch's compiler makes a slower loop: they are taken in equal parts.
+    """
+    inputs = w.shape[1]
+    parts = next(n for n in range(1, inputs + 1) if inputs % n == 0 and inputs // n <= 4096)
+    products = x.float().view(parts, -1) * w.float().unflatten(1, (parts, -1))
+    return products.sum(-1).sum(-1).to(x.dtype).view(*x.shape[:-1], -1)
+
+
+@torch.inference_mode()
+def compiled_products(weights: Weights) -> Weights:
+    """The same weights, with products of one token compiled for the processor, which takes seconds.
+
+    Raises what torch.compile raises: without a C++ compiler many things.
+    """
+    fast = Weights(weights)
+    fast.one_token = torch.compile(_one_token)
+    for name, weight in fast.items():
+        if weight.dim() == 2 and "embeddings" not in name:
+            torch._dynamo.mark_dynamic(weight, 0)  # one loop for all matrices with as many inputs
+            linear(weights["norm.weight"].new_ones(1, weight.shape[1]), fast, name[:-7])
+    return fast
 
 
 # --- 4. Generation --------------------------------------------------------------------------------
@@ -347,14 +407,12 @@ class Sampling(_SamplingFields):
 
     __slots__ = ()
 
-    def __new__(
-        cls, temperature: float = 0.0, top_p: float = 1.0, seed: int | None = None
-    ) -> "Sampling":
-        values = {"temperature": temperature, "top_p": top_p, "seed": seed}
+    def __new__(cls, *values: float | None, **named: float | None) -> "Sampling":
+        fields = _SamplingFields(*values, **named)._asdict()
         for name, limits in SAMPLING_LIMITS.items():
-            if not (name == "seed" and seed is None):
-                values[name] = limits.check(name, values[name])
-        return super().__new__(cls, **values)
+            if not (name == "seed" and fields["seed"] is None):
+                fields[name] = limits.check(name, fields[name])
+        return super().__new__(cls, **fields)
 
     @classmethod
     def _make(cls, values: Iterable[float | None]) -> "Sampling":
@@ -409,14 +467,16 @@ def check_finite(logits: Tensor, weights: Weights, step: int) -> None:
     if math.isfinite((high - low).item()):
         return
     dtype = str(weights["norm.weight"].dtype).removeprefix("torch.")
-    reason = f"{dtype} overflowed on the way, although all weights are finite"
-    for name, weight in weights.items():
-        if not weight.isfinite().all():
-            reason = f"{name} holds NaN or infinity"
-            break
+    bad = next((name for name, weight in weights.items() if not weight.isfinite().all()), None)
+    reason = f"{bad} holds NaN or infinity"
+    if bad is None:
+        reason = f"{dtype} overflowed on the way, although all weights are finite"
     if dtype == "float16":
         reason += ", and float16 ends at 65504; compute in bfloat16 or float32 (--dtype)"
     raise FloatingPointError(f"the logits of new token {step} are not finite numbers: {reason}")
+
+
+PREFILL_TOKENS = 1024  # of a prompt at a time: enough to keep the processor busy
 
 
 @torch.inference_mode()
@@ -428,24 +488,33 @@ def _new_tokens(
     sampling: Sampling,
     generator: torch.Generator,
     stop_tokens: Collection[int],
+    progress: Callable[[Iterable[Tensor]], Iterable[Tensor]],
 ) -> Iterator[int]:
-    """The loop of `generate`: first the whole prompt (prefill), then a token a step (decode)."""
+    """The loop of `generate`: the prompt in blocks (prefill), then a token a step (decode)."""
     n_prompt, n_most = len(prompt), len(prompt) + n_new
     cache = new_cache(weights, config, min(n_prompt + 256, n_most))
-    tokens, start = prompt, 0
-    for end in range(n_prompt, n_most):
-        if end > cache.shape[-2]:  # it grows by half: each position is copied twice on average
-            cache = longer_cache(cache, min(end + end // 2, n_most))
-        positions = torch.arange(start, end, device=prompt.device)
+
+    def logits_after(tokens: Tensor, end: int) -> Tensor:  # those before position `end`
+        positions = torch.arange(end - len(tokens), end, device=prompt.device)
         seen = cache[..., :end, :]
-        logits = forward(tokens, weights, config, positions=positions, cache=seen, last_only=True)
-        check_finite(logits, weights, end - n_prompt + 1)
+        return forward(tokens, weights, config, positions=positions, cache=seen, last_only=True)
+
+    end = 0
+    for tokens in progress(prompt.split(PREFILL_TOKENS)) if n_new else ():
+        end += len(tokens)
+        logits = logits_after(tokens, end)
+    for step in range(1, n_new + 1):
+        if step > 1:
+            end += 1
+            if end > cache.shape[-2]:  # it grows by half: each position is copied twice on average
+                cache = longer_cache(cache, min(end + end // 2, n_most))
+            logits = logits_after(tokens, end)
+        check_finite(logits, weights, step)
         tokens = sample(logits, sampling, generator)  # [1]
         token = tokens.item()
         if token in stop_tokens:
             return
         yield token
-        start = end
 
 
 def generate(
@@ -457,13 +526,15 @@ def generate(
     sampling: Sampling = GREEDY,
     stop_tokens: Collection[int] | int = (),
     max_seq_len: int | None = None,
+    progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
 ) -> Iterator[int]:
     """Continue `prompt_tokens`: an iterator over the new tokens, each computed when asked for.
 
     It ends after max_new_tokens, before the first of `stop_tokens`, or when prompt and
     completion together fill the context of max_seq_len tokens (by default config.max_seq_len).
     The random numbers come from a generator of this call's own. The tokens of one sequence may
-    also be an array or a tensor, and a single stop token a number.
+    also be an array or a tensor, and a single stop token a number. The blocks of the prompt go
+    through `progress` while they are read, tqdm.tqdm for one.
 
     Raises ValueError, when called, for arguments out of range, and FloatingPointError at the step
     whose logits are not finite.
@@ -483,7 +554,7 @@ def generate(
     n_new = min(max_new_tokens, max_seq_len - len(prompt))
     tokens = torch.tensor(prompt, device=weights["norm.weight"].device)
     generator = new_generator(sampling.seed, tokens.device)
-    return _new_tokens(tokens, n_new, weights, config, sampling, generator, stop)
+    return _new_tokens(tokens, n_new, weights, config, sampling, generator, stop, progress)
 
 
 # --- 5. Loading -----------------------------------------------------------------------------------
@@ -516,27 +587,12 @@ def _load_file(ckpt_dir: str | os.PathLike) -> tuple[Path, object]:
     Where it cannot be mapped it is read, with a UserWarning. Raises CheckpointError.
     """
     path = find_weights(ckpt_dir)
-    # PyTorch warns of pickle protocols other than its own; what is wrong with those is raised.
+    # What is ignored are warnings of pickle protocols: what is wrong with those is raised.
     with opened_for_pytorch(path) as (name, kind), warnings.catch_warnings(action="ignore"):
         content = torch.load(name, map_location="cpu", weights_only=True, mmap=kind == MAPPABLE)
     if kind != MAPPABLE:
         warnings.warn(f"{path} is {kind}: it is read as a whole, not mapped", stacklevel=3)
     return path, content
-
-
-def _embeddings(content: object, path: Path) -> Tensor:
-    """tok_embeddings.weight from what a checkpoint file held, which must be a text model's weights.
-
-    Raises CheckpointError, which says what it is instead.
-    """
-    found = describe_weights(content)
-    if found:
-        raise CheckpointError(path, f"found {found}")
-    embeddings = content.get("tok_embeddings.weight")
-    if not isinstance(embeddings, Tensor) or embeddings.dim() != 2:
-        problem = "tok_embeddings.weight is missing or no matrix, expected [vocab_size, dim]"
-        raise CheckpointError(path, problem)
-    return embeddings
 
 
 def load_config(ckpt_dir: str | os.PathLike) -> Config:
@@ -557,7 +613,7 @@ def load_config(ckpt_dir: str | os.PathLike) -> Config:
 
     if params.get("vocab_size") == -1:  # Meta's default: as many as the weights have
         weights_path, content = _load_file(ckpt_dir)
-        params["vocab_size"] = len(_embeddings(content, weights_path))
+        params["vocab_size"] = len(embeddings_in(content, weights_path))
     values = {}
     for key, limits in PARAMS_LIMITS.items():
         value = params.get(key)
@@ -581,38 +637,48 @@ def load_config(ckpt_dir: str | os.PathLike) -> Config:
     return config
 
 
-def check_weights(content: object, config: Config, path: str | os.PathLike) -> Weights:
-    """What a checkpoint file held, if it is just the tensors that `config` calls for.
+def map_weights(ckpt_dir: str | os.PathLike, config: Config) -> Weights:
+    """The weights in the folder `ckpt_dir`, each in the type that it is stored in.
 
-    An entry "rope.freqs" is left out, and output.weight may be missing, which makes it the
-    embeddings. The tensors may differ in type. Raises CheckpointError, which names `path`.
+    The file is mapped into memory, not read: nothing is copied, and pages come from disk when they
+    are first used. Raises CheckpointError unless it holds just the weights that `config` calls for.
     """
+    path, content = _load_file(ckpt_dir)
+    weights = check_weights(content, weight_shapes(config), DTYPES, path)
+    return Weights((name, weight.detach()) for name, weight in weights.items())  # no parameters
 
-    def refuse(problem: str) -> NoReturn:
-        raise CheckpointError(path, problem)
 
-    embeddings = _embeddings(content, path)
-    weights = {name: tensor for name, tensor in content.items() if name != "rope.freqs"}
-    weights.setdefault("output.weight", embeddings)  # tied
-    shapes = weight_shapes(config)
-    for name, shape in shapes.items():
-        tensor = weights.get(name)
-        if tensor is None:
-            refuse(f"{name} is missing, expected a tensor of shape {[*shape]}")
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
-            refuse(f"{name} is no dense tensor, expected one of shape {[*shape]}")
-        if tensor.shape != shape:
-            found = [*tensor.shape]
-            refuse(f"{name} has shape {found}, expected {[*shape]} from params.json")
-        if tensor.dtype not in DTYPES.values():
-            found = str(tensor.dtype).removeprefix("torch.")
-            refuse(f"{name} is of type {found}, expected one of {', '.join(DTYPES)}")
-        if tensor.nbytes > tensor.untyped_storage().nbytes():
-            refuse(f"{name} shows fewer stored numbers again and again, expected each to be stored")
-    for name in [name for name in weights if name not in shapes]:
-        found = one_line(repr(name), 80)
-        refuse(f"found {found}, which is no weight of a Llama 3 text model with these params")
-    return weights
+def default_dtype(weights: Weights, device: torch.device) -> torch.dtype:
+    """The type most numbers are stored in, or float32 where a processor has no products of it."""
+    types = {weight.dtype for weight in weights.values()}
+    dtype = max(types, key=lambda t: sum(w.numel() for w in weights.values() if w.dtype == t))
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
+    if device.type != "cpu" or name is None:
+        return dtype
+    supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", bool)
+    return dtype if supported() else torch.float32
+
+
+def place_weights(
+    weights: Weights,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Callable[[Iterable[str]], Iterable[str]] = iter,
+) -> Weights:
+    """The weights as `forward` computes with them on `device` in `dtype`.
+
+    On the CPU matrices stay as they are, mapped: `linear` converts what it takes of them. Other
+    devices get copies, one after the other. progress: what the names go through meanwhile.
+    """
+    placed, copies = Weights(), {}  # tied weights stand in the file once, and are copied once
+    for name in progress(weights):
+        weight = weights[name]
+        place = weight.data_ptr(), weight.shape, weight.stride(), weight.dtype
+        if place not in copies:
+            mapped = device.type == "cpu" and weight.dim() == 2
+            copies[place] = weight if mapped else weight.to(device).to(dtype)
+        placed[name] = copies[place]
+    return placed
 
 
 def load_weights(
@@ -620,30 +686,10 @@ def load_weights(
     config: Config,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
-    progress: Callable[[Iterable[str]], Iterable[str]] = iter,
 ) -> Weights:
-    """Load consolidated.00.pth from the folder `ckpt_dir`, under the names that it has there.
+    """Load consolidated.00.pth from the folder `ckpt_dir`, to compute on `device` in `dtype`.
 
-    The file is mapped into memory, not read: on the CPU and in the checkpoint's own dtype
-    (dtype=None) nothing is copied, and pages come from disk when they are first used. Of a
-    checkpoint with several dtypes, the one that most numbers have is used for all.
-
-    progress: what the names go through while their weights are loaded, tqdm.tqdm for one.
-
-    Raises CheckpointError unless the file holds just the weights that `config` calls for.
+    Its steps are `map_weights`, `default_dtype` and `place_weights`. Raises CheckpointError.
     """
-    path, content = _load_file(ckpt_dir)
-    weights = check_weights(content, config, path)
-    if dtype is None:
-        numbers_of = Counter()
-        for weight in weights.values():
-            numbers_of[weight.dtype] += weight.numel()
-        dtype = numbers_of.most_common(1)[0][0]
-    loaded, converted = {}, {}  # tied weights stand in the file once, and are converted once
-    for name in progress(weights):
-        weight = weights[name].detach()  # parameters become plain tensors
-        place = weight.data_ptr(), weight.shape, weight.stride(), weight.dtype
-        if place not in converted:
-            converted[place] = weight.to(device=device, dtype=dtype)
-        loaded[name] = converted[place]
-    return loaded
+    device, weights = torch.device(device), map_weights(ckpt_dir, config)
+    return place_weights(weights, device, dtype or default_dtype(weights, device))

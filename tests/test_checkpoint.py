@@ -195,9 +195,10 @@ def test_weights_come_under_metas_names_in_the_files_order_and_dtype(checkpoint)
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
-def test_weights_on_the_cpu_are_mapped_from_the_file(checkpoint):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_weights_on_the_cpu_are_mapped_from_the_file(checkpoint, dtype):
     folder, config, _ = checkpoint
-    weights = llama3.load_weights(folder, config)
+    weights = llama3.load_weights(folder, config, dtype=dtype)
     path = str((folder / "consolidated.00.pth").resolve())
     ranges = []
     for line in Path("/proc/self/maps").read_text().splitlines():
@@ -205,7 +206,8 @@ def test_weights_on_the_cpu_are_mapped_from_the_file(checkpoint):
             ranges.append([int(address, 16) for address in line.split()[0].split("-")])
     assert ranges
     for weight in weights.values():
-        assert any(low <= weight.data_ptr() < high for low, high in ranges)
+        mapped = any(low <= weight.data_ptr() < high for low, high in ranges)
+        assert mapped or (weight.dim() == 1 and dtype == torch.float32)
 
 
 def test_what_is_done_to_the_weights_does_not_reach_the_file(checkpoint):
@@ -217,15 +219,46 @@ def test_what_is_done_to_the_weights_does_not_reach_the_file(checkpoint):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_another_dtype_is_the_files_values_converted(checkpoint, dtype):
+def test_in_another_type_the_norms_are_converted_and_matrices_stay_as_they_are(checkpoint, dtype):
     folder, config, weights = checkpoint
     loaded = llama3.load_weights(folder, config, dtype=dtype)
     for name, weight in weights.items():
-        assert loaded[name].dtype == dtype  # which torch.equal does not compare
-        assert torch.equal(loaded[name], weight.to(dtype))
+        expected = weight.to(dtype) if weight.dim() == 1 else weight
+        assert loaded[name].dtype == expected.dtype  # which torch.equal does not compare
+        assert torch.equal(loaded[name], expected)
 
 
-def test_the_names_go_through_progress_while_their_weights_are_loaded(checkpoint):
+def test_on_another_device_every_weight_has_the_type_that_is_computed_in(checkpoint):
+    folder, config, _ = checkpoint
+    for dtype in (torch.float32, torch.float16, None):
+        loaded = llama3.load_weights(folder, config, device="meta", dtype=dtype)
+        assert {weight.dtype for weight in loaded.values()} == {dtype or torch.bfloat16}
+        assert {weight.device.type for weight in loaded.values()} == {"meta"}
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("multiplied", [(), ("bf16",), ("fp16",), ("bf16", "fp16"), None])
+def test_the_type_computed_in_is_the_stored_one_or_float32_where_it_has_no_products(
+    monkeypatch, stored, multiplied
+):
+    """None: a build of PyTorch that cannot tell."""
+    for name in ("bf16", "fp16"):
+        check = f"_is_mkldnn_{name}_supported"
+        if multiplied is None:
+            monkeypatch.delattr(torch.ops.mkldnn, check, raising=False)
+            monkeypatch.setattr(torch._ops._OpNamespace, "__getattr__", object.__getattribute__)
+        else:
+            there = name in multiplied
+            monkeypatch.setattr(torch.ops.mkldnn, check, lambda there=there: there, raising=False)
+    weights = {"norm.weight": torch.ones(9), "output.weight": torch.ones(9, 9, dtype=stored)}
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: None}
+    has = stored == torch.float32 or names[stored] in (multiplied or ())
+    expected = stored if has else torch.float32
+    assert llama3.default_dtype(weights, torch.device("cpu")) == expected
+    assert llama3.default_dtype(weights, torch.device("cuda")) == stored
+
+
+def test_the_names_go_through_progress_while_their_weights_are_placed(checkpoint):
     folder, config, weights = checkpoint
     seen = []
 
@@ -234,11 +267,12 @@ def test_the_names_go_through_progress_while_their_weights_are_loaded(checkpoint
             seen.append(name)
             yield name
 
-    llama3.load_weights(folder, config, progress=progress)
+    mapped = llama3.map_weights(folder, config)
+    llama3.place_weights(mapped, torch.device("cpu"), torch.float32, progress)
     assert seen == list(weights)
 
 
-def test_tied_weights_are_converted_once(checkpoint):
+def test_tied_weights_are_placed_once(checkpoint):
     folder, config, weights = checkpoint
     save(folder, weights | {"output.weight": weights["tok_embeddings.weight"]})
     loaded = llama3.load_weights(folder, config, dtype=torch.float32)

@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -71,7 +73,7 @@ class Clock:
     def __init__(self, monkeypatch):
         self.now, self.costs = 0.0, {}
         monkeypatch.setattr(command_line.time, "perf_counter", lambda: self.now)
-        for name in ("load_weights", "forward"):
+        for name in ("place_weights", "forward"):
             self.watch(monkeypatch, name, getattr(llama3, name))
 
     def watch(self, monkeypatch, name, function):
@@ -92,7 +94,7 @@ def test_stats_are_the_last_line_on_standard_error(
 ):
     """With the demo, nothing comes after the last prompt but the end of the text."""
     clock = Clock(monkeypatch)
-    clock.costs = {"load_weights": [100], "forward": [20, 3]}
+    clock.costs = {"place_weights": [100], "forward": [20, 3]}
     folder = DEMO if "France" in prompt else endless
     arguments = ["--ckpt-dir", str(folder), "--prompt", prompt, "--stats"]
     out, err = answered(capsys, *arguments, "--max-new-tokens", str(n))
@@ -122,18 +124,60 @@ def test_the_options_reach_the_model(capsys, monkeypatch, endless):
     generate = llama3.generate
 
     def watched(prompt, weights, config, **settings):
-        seen.update(settings, dtypes={weight.dtype for weight in weights.values()})
+        seen.update(settings, dtype=weights["norm.weight"].dtype)
         return generate(prompt, weights, config, **settings)
 
     monkeypatch.setattr(llama3, "generate", watched)
     arguments = ["--ckpt-dir", str(endless), "--prompt", "a", "--max-new-tokens", "3"]
     answered(capsys, *arguments)
-    assert (seen["sampling"], seen["dtypes"]) == (llama3.GREEDY, {torch.float32})
+    assert (seen["sampling"], seen["dtype"]) == (llama3.GREEDY, torch.float32)
     assert seen["max_seq_len"] == 8192
     arguments += ["--temperature", "0.7", "--top-p", "0.25", "--seed", "11", "--max-seq-len", "99"]
     answered(capsys, *arguments, "--dtype", "float16")
-    assert (seen["sampling"], seen["dtypes"]) == (llama3.Sampling(0.7, 0.25, 11), {torch.float16})
+    assert (seen["sampling"], seen["dtype"]) == (llama3.Sampling(0.7, 0.25, 11), torch.float16)
     assert (seen["max_new_tokens"], seen["max_seq_len"]) == (3, 99)
+
+
+def test_the_number_of_threads_is_set(capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    answered(capsys, "--prompt", "a", "--max-new-tokens", "1", "--threads", "3")
+    answered(capsys, "--prompt", "a", "--max-new-tokens", "1")
+    assert asked == [3]
+
+
+def test_products_are_compiled_where_it_pays_or_is_asked_for(capsys, monkeypatch, demo_weights):
+    asked = []
+
+    def compiled_products(weights):
+        asked.append(len(weights))
+        return weights
+
+    monkeypatch.setattr(llama3, "compiled_products", compiled_products)
+    arguments = ["--prompt", "17 plus 8 is ", "--max-new-tokens", "1", "--device", "cpu"]
+    out, err = answered(capsys, *arguments)  # the demo is small
+    assert (out, asked, "compiled" in err) == ("25", [], False)
+    out, err = answered(capsys, *arguments, "--compile")
+    assert (out, asked) == ("25", [len(demo_weights)])
+    assert re.search(r"^llama3.py: products of one token were compiled in \d+\.\d s$", err, re.M)
+
+    monkeypatch.setattr(command_line, "COMPILED_FROM_BYTES", 10**6)
+    monkeypatch.setattr(shutil, "which", lambda name: name == "clang++")
+    assert "compiled in" in answered(capsys, *arguments).err
+    assert "compiled" not in answered(capsys, *arguments, "--no-compile").err
+    assert not command_line.worth_compiling(demo_weights, torch.device("cuda"))
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert "compiled" not in answered(capsys, *arguments).err
+
+
+def test_where_compiling_fails_it_goes_on_without(capsys, monkeypatch):
+    def fails(*args, **kwargs):
+        raise RuntimeError("no compiler\n\nand much advice")
+
+    monkeypatch.setattr(torch, "compile", fails)
+    out, err = answered(capsys, "--prompt", "17 plus 8 is ", "--compile", "--ckpt-dir", str(DEMO))
+    assert out == "25."
+    assert err == "llama3.py: going on without compiled products, which failed: no compiler\n"
 
 
 @pytest.mark.parametrize(("asked", "tells"), [(5, False), (6, True)])
@@ -400,6 +444,7 @@ def test_help_names_every_option_and_fits_a_terminal(capsys, monkeypatch):
     options = (
         "prompt prompt-file ckpt-dir tokenizer max-new-tokens temperature top-p seed device dtype"
     )
-    for option in [*options.split(), "max-seq-len", "stats"]:
+    options += " max-seq-len compile threads stats"
+    for option in options.split():
         assert f"\n  --{option}" in text
     assert max(map(len, text.splitlines())) <= 80

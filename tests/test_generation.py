@@ -194,6 +194,30 @@ def test_tokens_are_computed_only_when_they_are_asked_for(model, monkeypatch):
     assert calls == [4, 1, 1]  # decode: one token a step
 
 
+def test_a_prompt_goes_through_in_blocks_each_against_the_keys_up_to_its_end(model, monkeypatch):
+    prompt = random_tokens(model[1], 100).tolist()
+    expected = list(llama3.generate(prompt, *model, max_new_tokens=20))
+    calls, seen = [], []
+    forward = llama3.forward
+
+    def watched(tokens, *args, cache, **kwargs):
+        calls.append((len(tokens), cache.shape[-2]))
+        return forward(tokens, *args, cache=cache, **kwargs)
+
+    def progress(blocks):
+        for block in blocks:
+            seen.append(len(block))
+            yield block
+
+    monkeypatch.setattr(llama3, "forward", watched)
+    monkeypatch.setattr(llama3, "PREFILL_TOKENS", 30)
+    tokens = llama3.generate(prompt, *model, max_new_tokens=20, progress=progress)
+    assert list(tokens) == expected
+    assert calls[:5] == [(30, 30), (30, 60), (30, 90), (10, 100), (1, 101)]
+    assert len(calls) == 4 + 19  # nothing is computed that no one asks for
+    assert seen == [30, 30, 30, 10]
+
+
 def test_a_step_records_no_gradients_and_sees_only_the_cache_up_to_itself(model, monkeypatch):
     weights = {name: weight.clone().requires_grad_() for name, weight in model[0].items()}
     seen = []

@@ -1,6 +1,8 @@
 """The model's functions: shapes, and numbers against other implementations."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from references import meta_order, numpy_float64, scaled_frequency
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import llama3
+from command_line import peak_rss_bytes
 
 SIZES = [
     {},
@@ -329,6 +332,166 @@ def test_no_token_sees_the_ones_after_it(tmp_path):
     before, after = (llama3.forward(t, weights, config) for t in (tokens, changed))
     assert torch.equal(before[:11], after[:11])
     assert not torch.equal(before[11:], after[11:])
+
+
+# --- stored in one type, computed in another ------------------------------------------------------
+
+OTHER_TYPES = [
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float16),
+]
+
+
+@pytest.mark.parametrize(("stored", "computed"), OTHER_TYPES, ids=str)
+@pytest.mark.parametrize("size", [SIZES[0], SIZES[4]], ids=str)
+def test_a_matrix_of_another_type_gives_the_bits_of_a_converted_one(
+    tmp_path, monkeypatch, stored, computed, size
+):
+    """As load_weights gives them: the norms are converted, the matrices as they are stored."""
+    config = config_of(tmp_path, **size)
+    weights = random_weights(config, stored)
+    mixed = {name: w.to(computed) if w.dim() == 1 else w for name, w in weights.items()}
+    converted = {name: w.to(computed) for name, w in weights.items()}
+    monkeypatch.setattr(llama3, "CONVERTED_NUMBERS", 1)  # 64 rows at a time
+    for shape in [(1,), (2,), (50,), (3, 7)]:
+        tokens = random_tokens(config, *shape)
+        expected = llama3.forward(tokens, converted, config)
+        assert torch.equal(llama3.forward(tokens, mixed, config), expected)
+    assert llama3.new_cache(mixed, config, 3).dtype == computed
+
+
+def test_float32_over_bfloat16_weights_is_nearer_to_float64_than_bfloat16(tmp_path):
+    config = config_of(tmp_path, dim=256, n_heads=8, n_kv_heads=2, n_layers=4)
+    params = SMALL | {"dim": 256, "n_heads": 8, "n_kv_heads": 2, "n_layers": 4}
+    weights = random_weights(config, torch.bfloat16)
+    mixed = {name: w.float() if w.dim() == 1 else w for name, w in weights.items()}
+    tokens = random_tokens(config, 16)
+    exact = numpy_float64(tokens.tolist(), weights, params)
+    reference = meta_order(tokens[None], weights, params)[0]
+    assert apart(llama3.forward(tokens, mixed, config), exact) < 1e-5
+    assert apart(reference, exact) > 1e-3
+
+
+def test_gradients_go_through_a_matrix_of_another_type(tmp_path, monkeypatch):
+    monkeypatch.setattr(llama3, "CONVERTED_NUMBERS", 1000)
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(50, 64, generator=generator).bfloat16().requires_grad_()
+    x = torch.randn(3, 64, generator=generator).requires_grad_()
+    llama3.linear(x, {"a.weight": w}, "a").square().sum().backward()
+    got = x.grad.clone(), w.grad.clone()
+    x.grad = w.grad = None
+    (x @ w.float().T).square().sum().backward()
+    assert apart(got[0], x.grad) < 1e-5
+    assert apart(got[1].float(), w.grad.float()) < 1e-2
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_a_matrix_of_another_type_is_never_converted_as_a_whole():
+    w = torch.ones(40_000, 1000, dtype=torch.bfloat16)  # 160 MB in float32
+    weights = {"a.weight": w}
+    for x in (torch.ones(1, 1000), torch.ones(20, 1000)):
+        with torch.inference_mode():
+            llama3.linear(x, weights, "a")
+            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+            before = peak_rss_bytes()
+            llama3.linear(x, weights, "a")
+        assert peak_rss_bytes() - before < 30e6
+
+
+# --- in blocks, and compiled ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("most", [1, 1000, 20_000])
+def test_blocks_of_queries_give_the_bits_of_all_at_once(tmp_path, monkeypatch, dtype, most):
+    config = config_of(tmp_path)
+    weights = random_weights(config, dtype)
+    params = SMALL
+    for shape in [(1, 90), (2, 65), (1, 17), (1, 33)]:
+        tokens = random_tokens(config, *shape)
+        expected = meta_order(tokens, weights, params)
+        monkeypatch.setattr(llama3, "MOST_SCORES", 2**40)
+        assert torch.equal(llama3.forward(tokens, weights, config), expected)
+        monkeypatch.setattr(llama3, "MOST_SCORES", most)
+        assert torch.equal(llama3.forward(tokens, weights, config), expected)
+
+
+def test_a_long_whole_sequence_equals_metas_order_of_operations(tmp_path):
+    """Long enough to go through in blocks without being told to."""
+    config = config_of(tmp_path, n_layers=1)
+    tokens = random_tokens(config, 1, 1500)
+    assert 2 * llama3.MOST_SCORES < 4 * 1500**2
+    for dtype in (torch.float32, torch.bfloat16):
+        weights = random_weights(config, dtype)
+        expected = meta_order(tokens, weights, SMALL | {"n_layers": 1})
+        assert torch.equal(llama3.forward(tokens, weights, config), expected)
+
+
+@pytest.fixture(scope="module")
+def compiled_demo(demo_config):
+    """For each type computed in, the demo's weights as they are and with compiled products."""
+    if not any(map(shutil.which, ("g++", "clang++", "cl"))):
+        pytest.skip("no C++ compiler is at hand")
+    pairs = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        weights = llama3.load_weights(DEMO, demo_config, dtype=dtype)
+        pairs[dtype] = weights, llama3.compiled_products(weights)
+    return pairs
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str
+)
+def test_compiled_products_give_the_same_logits_and_tokens(
+    compiled_demo, demo_config, dtype, tolerance
+):
+    plain, fast = compiled_demo[dtype]
+    tokens = random_tokens(demo_config, 60)
+    whole = llama3.forward(tokens, plain, demo_config)
+    cache = llama3.new_cache(fast, demo_config, 60)
+    with torch.inference_mode():
+        for t in range(60):
+            logits = llama3.forward(
+                tokens[t : t + 1],
+                fast,
+                demo_config,
+                positions=torch.tensor([t]),
+                cache=cache[..., : t + 1, :],
+            )
+            assert apart(logits[0], whole[t]) < tolerance
+    if dtype == torch.float32:
+        prompt = [1024, 84, 104, 101]
+        generated = [
+            list(llama3.generate(prompt, weights, demo_config, max_new_tokens=100))
+            for weights in (plain, fast)
+        ]
+        assert generated[0] == generated[1]
+
+
+def test_compiled_products_are_used_for_one_token_and_nothing_else(compiled_demo, monkeypatch):
+    plain, fast = compiled_demo[torch.float32]
+    used = []
+    one_token = fast.one_token
+    monkeypatch.setattr(fast, "one_token", lambda x, w: used.append(x.shape) or one_token(x, w))
+    for shape in [(128,), (1, 128), (1, 1, 128), (2, 128), (1, 2, 128), (0, 128)]:
+        x = torch.ones(shape)
+        with torch.inference_mode():
+            expected = llama3.linear(x, plain, "layers.0.attention.wk")
+            given = llama3.linear(x, fast, "layers.0.attention.wk")
+        assert given.shape == expected.shape == (*shape[:-1], 64)
+        assert not x.numel() or apart(given, expected) < 1e-5
+    assert used == [(128,), (1, 128), (1, 1, 128)]
+    assert plain.one_token is None
+
+
+@pytest.mark.parametrize("inputs", [1, 7, 4096, 4097, 8192, 11008, 14336])
+def test_a_sum_of_one_token_is_the_product_for_any_number_of_inputs(inputs):
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(5, inputs, generator=generator).bfloat16()
+    x = torch.randn(1, inputs, generator=generator)
+    assert apart(llama3._one_token(x, w), x.double() @ w.double().T) < 1e-5
 
 
 # --- one function for every use -------------------------------------------------------------------
