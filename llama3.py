@@ -18,7 +18,7 @@ stands below those that it calls, so this file is read from top to bottom:
 Letters in shapes: B batch, T tokens, L positions whose keys and values are attended to, K key and
 value heads, G query heads that share one of them, d the width of a head; "..." stands for any
 leading batch dimensions, or none. Of a whole model K is n_kv_heads, K * G is n_heads, and d is
-head_dim. Names that begin with an underscore are for this file alone.
+head_dim.
 """
 
 if __name__ == "__main__":  # the command, which imports this file as the module llama3
@@ -223,7 +223,7 @@ def attention_shares(q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
     the mask is false. The softmax is computed in float32.
     """
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-    scores = scores.masked_fill(~visible, -math.inf)
+    scores = torch.where(visible, scores, -math.inf)
     return torch.softmax(scores.float(), dim=-1).to(q.dtype)
 
 
@@ -251,9 +251,7 @@ def grouped_query_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) ->
         k, v, group = repeat_heads(k, group), repeat_heads(v, group), 1
     # Else the queries of a group are rows of one product, and k and v are not repeated.
     blocks = max(min(q[..., 0].numel() * L // MOST_SCORES + 1, T // 16), 1)
-    heads = torch.empty_like(
-        q
-    )  # written to block by block: a list of them would scatter the memory
+    heads = torch.empty_like(q)  # to write to: a list of blocks would scatter the memory
     for i in range(blocks):
         block = slice(T * i // blocks, T * (i + 1) // blocks)
         rows = q[..., block, :].unflatten(-3, (-1, group)).flatten(-3, -2)  # [..., K, G * T, d]
@@ -319,7 +317,10 @@ def forward(
     in_order = positions is None or cache is not None  # the key of position i is the one at i
     if positions is None:
         positions = torch.arange(tokens.shape[-1], device=tokens.device)
-    visible = positions if in_order else positions <= positions[:, None]  # none may look ahead
+    visible = positions  # for a long sequence: attention makes the parts of the mask that it needs
+    if not in_order or len(positions) <= PREFILL_TOKENS:
+        keys = positions if cache is None else torch.arange(cache.shape[-2], device=tokens.device)
+        visible = keys <= positions[:, None]  # [T, L]: none may look ahead
     rotations = rope_rotations(positions, config)  # [T, d / 2]
 
     x = weights["tok_embeddings.weight"][tokens].to(weights["norm.weight"].dtype)  # [..., T, dim]
@@ -353,14 +354,20 @@ def _one_token(x: Tensor, w: Tensor) -> Tensor:
 def compiled_products(weights: Weights) -> Weights:
     """The same weights, with products of one token compiled for the processor, which takes seconds.
 
-    Raises what torch.compile raises: without a C++ compiler many things.
+    Raises what torch.compile raises, and RuntimeError where the results are wrong.
     """
     fast = Weights(weights)
-    fast.one_token = torch.compile(_one_token)
-    for name, weight in fast.items():
+    fast.one_token = torch.compile(_one_token, dynamic=False)
+    kinds = {}
+    for name, weight in weights.items():
         if weight.dim() == 2 and "embeddings" not in name:
             torch._dynamo.mark_dynamic(weight, 0)  # one loop for all matrices with as many inputs
-            linear(weights["norm.weight"].new_ones(1, weight.shape[1]), fast, name[:-7])
+            kinds[weight.dtype, weight.shape[1]] = name.removesuffix(".weight")
+    for (_, inputs), name in kinds.items():
+        x = torch.linspace(-1, 1, inputs).to(weights["norm.weight"])[None]
+        y, expected = linear(x, fast, name), linear(x, weights, name)
+        if not (y - expected).abs().max() <= 0.02 * expected.abs().max():
+            raise RuntimeError(f"the compiled product with {name} is wrong")
     return fast
 
 
@@ -454,10 +461,7 @@ def sample(
 def new_generator(seed: int | None, device: torch.device) -> torch.Generator:
     """Random numbers of their own on `device`, different ones every time if the seed is None."""
     generator = torch.Generator(device)
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
+    generator.seed() if seed is None else generator.manual_seed(seed)
     return generator
 
 
@@ -531,10 +535,9 @@ def generate(
     """Continue `prompt_tokens`: an iterator over the new tokens, each computed when asked for.
 
     It ends after max_new_tokens, before the first of `stop_tokens`, or when prompt and
-    completion together fill the context of max_seq_len tokens (by default config.max_seq_len).
-    The random numbers come from a generator of this call's own. The tokens of one sequence may
-    also be an array or a tensor, and a single stop token a number. The blocks of the prompt go
-    through `progress` while they are read, tqdm.tqdm for one.
+    completion fill the context of max_seq_len tokens (by default config.max_seq_len). The random
+    numbers come from a generator of its own. The prompt may also be an array or a tensor, and a
+    single stop token a number. While the prompt is read, its blocks go through `progress`.
 
     Raises ValueError, when called, for arguments out of range, and FloatingPointError at the step
     whose logits are not finite.
@@ -640,8 +643,8 @@ def load_config(ckpt_dir: str | os.PathLike) -> Config:
 def map_weights(ckpt_dir: str | os.PathLike, config: Config) -> Weights:
     """The weights in the folder `ckpt_dir`, each in the type that it is stored in.
 
-    The file is mapped into memory, not read: nothing is copied, and pages come from disk when they
-    are first used. Raises CheckpointError unless it holds just the weights that `config` calls for.
+    The file is mapped, not read: nothing is copied, and pages come from disk when they are first
+    used. Raises CheckpointError unless it holds just the weights that `config` calls for.
     """
     path, content = _load_file(ckpt_dir)
     weights = check_weights(content, weight_shapes(config), DTYPES, path)

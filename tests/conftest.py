@@ -84,7 +84,7 @@ def demo_config() -> llama3.Config:
 
 @pytest.fixture(scope="session")
 def demo_weights(demo_config) -> dict[str, torch.Tensor]:
-    return llama3.load_weights(DEMO, demo_config)
+    return llama3.load_weights(DEMO, demo_config, dtype=torch.bfloat16)  # as they are stored
 
 
 @pytest.fixture(scope="session")

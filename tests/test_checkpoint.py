@@ -187,7 +187,7 @@ def test_a_name_that_no_folder_can_have_is_refused():
 
 def test_weights_come_under_metas_names_in_the_files_order_and_dtype(checkpoint):
     folder, config, weights = checkpoint
-    loaded = llama3.load_weights(folder, config)
+    loaded = llama3.map_weights(folder, config)
     assert list(loaded) == list(weights)
     for name, weight in weights.items():
         assert torch.equal(loaded[name], weight)

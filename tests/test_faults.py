@@ -238,7 +238,7 @@ def test_weights_under_other_names_are_told_apart(capsys, folder, weights, chang
 def test_norms_in_float32_beside_matrices_in_bfloat16_are_computed_in_one_type(folder, weights):
     mixed = {name: w.float() if w.dim() == 1 else w for name, w in weights.items()}
     torch.save(mixed, folder / "consolidated.00.pth")
-    loaded = llama3.load_weights(folder, llama3.load_config(folder))
+    loaded = llama3.load_weights(folder, llama3.load_config(folder), dtype=torch.bfloat16)
     for name, weight in weights.items():
         assert loaded[name].dtype == torch.bfloat16
         assert torch.equal(loaded[name], weight)
@@ -408,12 +408,15 @@ def test_a_cache_that_grows_changes_no_token(tmp_path, monkeypatch):
 def test_what_is_needed_is_compared_with_what_is_free(capsys, monkeypatch):
     """The demo's cache takes 1,024 bytes a token, its scores 8 heads x 10 bytes."""
     monkeypatch.setattr(command_line, "free_bytes", lambda device: 8_000_000.0)
-    line = refused(capsys, "--prompt", "a " * 6000)
+    arguments = ["--dtype", "bfloat16"]
+    line = refused(capsys, *arguments, "--prompt", "a " * 6000)
     assert "this needs 53 MB of memory (weights 0 MB, cache 6 MB, prompt 47 MB), but 8 MB" in line
     fits = int(line.split("a prompt of ")[1].split()[0])
-    answer(capsys, "--prompt", "a " * (fits - 9), "--max-new-tokens", "1")
-    refused(capsys, "--prompt", "a " * (fits + 9), "--max-new-tokens", "1")
-    _, err = answer(capsys, *SUM, "--max-seq-len", "90000", "--max-new-tokens", "80000")
+    arguments += ["--max-new-tokens", "1"]
+    answer(capsys, *arguments, "--prompt", "a " * (fits - 9))
+    refused(capsys, *arguments, "--prompt", "a " * (fits + 9))
+    arguments = ["--max-seq-len", "90000", "--max-new-tokens", "80000", "--dtype", "bfloat16"]
+    _, err = answer(capsys, *SUM, *arguments)
     assert "memory is free for about 77" in err  # hundred and some
     monkeypatch.setattr(command_line, "free_bytes", lambda device: 1_000.0)
     assert refused(capsys, *SUM).endswith("are free on cpu; use a smaller model")

@@ -486,6 +486,15 @@ def test_compiled_products_are_used_for_one_token_and_nothing_else(compiled_demo
     assert plain.one_token is None
 
 
+def test_compiled_products_that_are_wrong_are_not_used(demo_weights, monkeypatch):
+    """As where a compiler's cache holds what was made for another processor."""
+    wrong = [lambda x, w: torch.zeros(1, len(w)), lambda x, w: torch.full((1, len(w)), torch.nan)]
+    for function in wrong:
+        monkeypatch.setattr(torch, "compile", lambda *_, function=function, **__: function)
+        with pytest.raises(RuntimeError, match=r"compiled product with layers.0.* is wrong"):
+            llama3.compiled_products(demo_weights)
+
+
 @pytest.mark.parametrize("inputs", [1, 7, 4096, 4097, 8192, 11008, 14336])
 def test_a_sum_of_one_token_is_the_product_for_any_number_of_inputs(inputs):
     generator = torch.Generator().manual_seed(0)

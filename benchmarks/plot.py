@@ -1,0 +1,48 @@
+"""Draw decode.png from results.json: the time of a token over the length of the context.
+
+python benchmarks/plot.py
+"""
+
+import json
+import statistics
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+
+
+def main() -> None:
+    records = {record["size"]: record for record in json.loads((HERE / "results.json").read_text())}
+    figure, panels = plt.subplots(1, len(records), figsize=(5 * len(records), 4), squeeze=False)
+    for axes, record in zip(panels[0], records.values(), strict=True):
+        decode = {f: t for f, t in record["figures"].items() if f.startswith("decode")}
+        lengths = [int(figure.split()[-1]) for figure in decode]
+        for name in next(iter(decode.values())):
+            times = [1000 * statistics.median(turns[name]) for turns in decode.values()]
+            axes.plot(lengths, times, "o-", label=name)
+        read = record["model"]["cache"]
+        limit = [
+            1000 * (2 * record["model"]["matrices"] + read * length) / record["machine"]["bytes_s"]
+            for length in lengths
+        ]
+        axes.plot(lengths, limit, "k:", label="reading weights and cache once")
+        axes.set(
+            title=f"{record['size']}, {record['dtype']}",
+            xlabel="tokens in the context",
+            ylabel="ms a token",
+            xticks=lengths,
+            ylim=(0, None),
+        )
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.suptitle(f"Decoding on {next(iter(records.values()))['processor']}", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(HERE / "decode.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,439 @@
+"""Load, prefill, decode and memory of a random model of real size, beside what the machine can do.
+
+    python benchmarks/run.py --size small
+    python benchmarks/run.py --size 1b --against llama.cpp,transformers
+
+Makes a random bfloat16 checkpoint in Meta's format in a temporary folder and measures it. Speeds of
+one machine drift within minutes, so whatever is compared takes turns, and a ratio is the median of
+the ratios of single turns. What --against needs stands in benchmarks/requirements.txt.
+"""
+
+import argparse
+import json
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+import llama3  # noqa: E402
+
+ROPE = {"norm_eps": 1e-05, "rope_theta": 500000.0}
+SIZES = {  # params.json, and the contexts at which decoding is measured
+    "small": (
+        {"dim": 1024, "n_layers": 4, "n_heads": 16, "n_kv_heads": 4, "vocab_size": 32768}
+        | {"multiple_of": 4096, "ffn_dim_multiplier": 1.3, **ROPE},
+        (128, 1024, 4096),
+    ),
+    "1b": (
+        {"dim": 2048, "n_layers": 8, "n_heads": 32, "n_kv_heads": 8, "vocab_size": 128256}
+        | {"multiple_of": 256, "ffn_dim_multiplier": 1.5, **ROPE},
+        (128, 1024),
+    ),
+    "8b": (
+        {"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "vocab_size": 128256}
+        | {"multiple_of": 1024, "ffn_dim_multiplier": 1.3, **ROPE},
+        (128, 1024),
+    ),
+}
+PREFILLS = (128, 1024)
+Contestant = tuple[Callable[[int], None], Callable[[int, int], None]]  # prefill(n), decode(L, n)
+
+
+# --- the model ------------------------------------------------------------------------------------
+
+
+def make_checkpoint(folder: Path, params: dict) -> None:
+    """Random weights of the size that training gives them, in Meta's files."""
+    (folder / "params.json").write_text(json.dumps(params))
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for name, shape in llama3.weight_shapes(llama3.load_config(folder)).items():
+        if len(shape) == 1:
+            weights[name] = torch.ones(shape, dtype=torch.bfloat16)
+        else:
+            weights[name] = torch.empty(shape, dtype=torch.bfloat16)
+            weights[name].normal_(0, shape[1] ** -0.5, generator=generator)
+    torch.save(weights, folder / "consolidated.00.pth")
+
+
+def prompt_of(n: int, vocab_size: int) -> list[int]:
+    generator = torch.Generator().manual_seed(n)
+    return torch.randint(0, vocab_size, (n,), generator=generator).tolist()
+
+
+def finished(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# --- who takes part -------------------------------------------------------------------------------
+
+
+def ours(weights: llama3.Weights, config: llama3.Config) -> Contestant:
+    device = weights["norm.weight"].device
+    caches = {}
+
+    def prefill(n: int) -> None:
+        prompt = prompt_of(n, config.vocab_size)
+        next(llama3.generate(prompt, weights, config, max_new_tokens=1))
+        finished(device)
+
+    @torch.inference_mode()
+    def decode(length: int, n: int) -> None:
+        if length not in caches:
+            caches[length] = llama3.new_cache(weights, config, length + 256).normal_()
+        token = torch.tensor([7], device=device)
+        for end in range(length + 1, length + 1 + n):
+            positions = torch.arange(end - 1, end, device=device)
+            seen = caches[length][..., :end, :]
+            logits = llama3.forward(token, weights, config, positions=positions, cache=seen)
+            llama3.check_finite(logits, weights, end)
+            token = llama3.sample(logits)
+            token.item()
+
+    return prefill, decode
+
+
+def in_transformers(folder: Path, config: llama3.Config, device: torch.device) -> Contestant:
+    """LlamaForCausalLM with the same sizes and bfloat16 weights, eager attention as it comes."""
+    import transformers
+
+    model_config = transformers.LlamaConfig(
+        hidden_size=config.dim,
+        num_hidden_layers=config.n_layers,
+        num_attention_heads=config.n_heads,
+        num_key_value_heads=config.n_kv_heads,
+        vocab_size=config.vocab_size,
+        intermediate_size=config.ffn_dim,
+        rms_norm_eps=config.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        tie_word_embeddings=False,
+        max_position_embeddings=8192,
+        dtype=torch.bfloat16,
+    )
+    with torch.device(device):
+        model = transformers.LlamaForCausalLM(model_config).eval().to(torch.bfloat16)
+    caches = {}
+
+    @torch.inference_mode()
+    def run(tokens: list[int], cache: object) -> int:
+        tokens = torch.tensor([tokens], device=device)
+        with warnings.catch_warnings(action="ignore"):  # of the name past_key_values
+            logits = model(tokens, past_key_values=cache, logits_to_keep=1).logits
+        return logits[0, -1].argmax().item()
+
+    def prefill(n: int) -> None:
+        run(prompt_of(n, config.vocab_size), transformers.DynamicCache())
+
+    def decode(length: int, n: int) -> None:
+        if length not in caches:
+            caches[length] = transformers.DynamicCache()
+            run(prompt_of(length, config.vocab_size), caches[length])
+        more = caches[length].get_seq_length() - length
+        if more:
+            caches[length].crop(-more)
+        token = 7
+        for _ in range(n):
+            token = run([token], caches[length])
+
+    return prefill, decode
+
+
+def write_gguf(folder: Path, config: llama3.Config) -> Path:
+    """The checkpoint as llama.cpp reads it: the same numbers under other names."""
+    import gguf
+
+    writer = gguf.GGUFWriter(folder / "model.gguf", "llama")
+    writer.add_block_count(config.n_layers)
+    writer.add_context_length(8192)
+    writer.add_embedding_length(config.dim)
+    writer.add_feed_forward_length(config.ffn_dim)
+    writer.add_head_count(config.n_heads)
+    writer.add_head_count_kv(config.n_kv_heads)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("none")
+    names = {
+        "attention.wq": "attn_q",
+        "attention.wk": "attn_k",
+        "attention.wv": "attn_v",
+        "attention.wo": "attn_output",
+        "feed_forward.w1": "ffn_gate",
+        "feed_forward.w2": "ffn_down",
+        "feed_forward.w3": "ffn_up",
+        "attention_norm": "attn_norm",
+        "ffn_norm": "ffn_norm",
+        "tok_embeddings": "token_embd",
+        "norm": "output_norm",
+        "output": "output",
+    }
+    bf16 = gguf.GGMLQuantizationType.BF16
+    for name, weight in llama3.map_weights(folder, config).items():
+        kind = name.removesuffix(".weight")
+        layer = re.match(r"layers\.(\d+)\.", kind)
+        kind = names[kind[layer.end() :] if layer else kind]
+        kind = f"blk.{layer[1]}.{kind}.weight" if layer else f"{kind}.weight"
+        if weight.dim() == 1:
+            writer.add_tensor(kind, weight.float().numpy())
+        else:
+            writer.add_tensor(kind, weight.view(torch.uint8).numpy(), raw_dtype=bf16)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return folder / "model.gguf"
+
+
+def in_llama_cpp(folder: Path, config: llama3.Config, threads: int) -> Contestant:
+    """llama.cpp with the same weights in BF16, through llama-cpp-python's plain bindings."""
+    import ctypes
+
+    import llama_cpp as lib
+
+    quiet = lib.llama_log_callback(lambda *_: None)
+    lib.llama_log_set(quiet, ctypes.c_void_p(0))
+    lib.llama_backend_init()
+    path = str(write_gguf(folder, config)).encode()
+    model = lib.llama_model_load_from_file(path, lib.llama_model_default_params())
+    options = lib.llama_context_default_params()
+    options.n_ctx, options.n_batch, options.n_ubatch = 8192, 2048, 512
+    options.n_threads = options.n_threads_batch = threads
+    options.type_k = options.type_v = 30  # GGML_TYPE_BF16
+    context = lib.llama_init_from_model(model, options)
+    if not context:
+        raise SystemExit("llama.cpp cannot make a context for this model")
+    memory = lib.llama_get_memory(context)
+    held = [0]  # how many tokens its cache holds
+
+    def run(tokens: list[int]) -> int:
+        array = (lib.llama_token * len(tokens))(*tokens)
+        if lib.llama_decode(context, lib.llama_batch_get_one(array, len(tokens))):
+            raise SystemExit("llama.cpp cannot read these tokens")
+        held[0] += len(tokens)
+        logits = lib.llama_get_logits_ith(context, -1)
+        return (
+            torch.frombuffer(
+                (ctypes.c_float * config.vocab_size).from_address(
+                    ctypes.addressof(logits.contents)
+                ),
+                dtype=torch.float32,
+            )
+            .argmax()
+            .item()
+        )
+
+    def keep(n: int) -> None:
+        if n > held[0]:
+            keep(0)
+            prompt = prompt_of(n, config.vocab_size)
+            for start in range(0, n, 1024):
+                run(prompt[start : start + 1024])
+        lib.llama_memory_seq_rm(memory, 0, n, -1)
+        held[0] = n
+
+    def prefill(n: int) -> None:
+        keep(0)
+        run(prompt_of(n, config.vocab_size))
+
+    def decode(length: int, n: int) -> None:
+        token = 7
+        for _ in range(n):
+            token = run([token])
+
+    decode.prepare = keep
+    in_llama_cpp.quiet = quiet  # or the callback would be freed while it is in use
+    return prefill, decode
+
+
+# --- measuring ------------------------------------------------------------------------------------
+
+
+def seconds(function: Callable, *arguments: object) -> float:
+    start = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - start
+
+
+def machine(device: torch.device) -> dict:
+    """What the machine can do at best: bytes read and floating-point operations, a second."""
+    numbers = torch.ones(2**28, device=device)
+    read = min(seconds(lambda: numbers.sum().item()) for _ in range(5))
+    a = torch.randn(2048, 2048, device=device)
+    b = a.bfloat16()
+    rates = {}
+    for name, matrix in (("float32", a), ("bfloat16", b)):
+
+        def multiply(matrix: torch.Tensor = matrix) -> None:
+            (matrix @ matrix)[0, 0].item()
+
+        rates[name] = 2 * 2048**3 / min(seconds(multiply) for _ in range(5))
+    return {"bytes_s": numbers.nbytes / read, "flop_s": rates}
+
+
+def processor() -> str:
+    """Its name and the instruction sets that matter here."""
+    if not Path("/proc/cpuinfo").exists():
+        return platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo").read_text()
+    name = re.search(r"model name\s*: (.*)", info)
+    flags = re.search(r"flags\s*: (.*)", info)
+    sets = ["avx2", "avx512f", "avx512_bf16", "amx_bf16"]
+    there = [s for s in sets if flags and f" {s} " in f" {flags[1]} "]
+    return f"{name[1].strip() if name else platform.machine()} ({', '.join(there)})"
+
+
+def peak_memory(folder: Path, n: int, dtype: str) -> int:
+    """The most that a process of its own has resident while it reads a prompt of n tokens."""
+    code = f"""if True:
+        import torch, command_line, llama3
+        config = llama3.load_config({str(folder)!r})
+        weights = llama3.load_weights({str(folder)!r}, config, dtype={dtype})
+        next(llama3.generate([7] * {n}, weights, config, max_new_tokens=1))
+        print(command_line.peak_rss_bytes())"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return int(result.stdout)
+
+
+def take_turns(contestants: dict[str, Contestant], contexts: tuple[int, ...], turns: int) -> dict:
+    """{figure: {contestant: seconds of each turn}}; of decoding, seconds a token."""
+    figures: dict[str, dict[str, list[float]]] = {}
+    tasks = [(f"prefill {n}", 0, n, 1) for n in PREFILLS]
+    tasks += [(f"decode at {length}", 1, length, 16) for length in contexts]
+    for figure, which, size, n in tasks:
+        times = figures.setdefault(figure, {name: [] for name in contestants})
+        for turn in range(turns + 1):  # the first warms up
+            for name, contestant in contestants.items():
+                arguments = (size, n) if which else (size,)
+                getattr(contestant[which], "prepare", lambda size: None)(size)
+                taken = seconds(contestant[which], *arguments) / n
+                if turn:
+                    times[name].append(taken)
+        medians = {name: f"{1000 * statistics.median(t):.0f}" for name, t in times.items()}
+        print(f"{figure}, ms: {medians}", file=sys.stderr, flush=True)
+    return figures
+
+
+def table(record: dict) -> str:
+    """The record of a run in Markdown."""
+    limit, config, rates = record["machine"], record["model"], record["machine"]["flop_s"]
+    contestants = [*next(iter(record["figures"].values()))]
+    base = contestants[0]
+    lines = [
+        f"{record['processor']}, {record['threads']} threads, {record['versions']}, "
+        f"`{record['command']}`. It reads {limit['bytes_s'] / 1e9:.1f} GB/s, and multiplies "
+        f"matrices with {rates['float32'] / 1e9:.0f} GFLOP/s in float32 and "
+        f"{rates['bfloat16'] / 1e9:.0f} in bfloat16. Computed in {record['dtype']}; loaded in "
+        f"{record['load_s']:.2f} s, compiled in {record['compile_s']:.1f} s.",
+        "",
+        "| figure | " + " | ".join(contestants) + " | share of the limit |",
+        "|" + "---|" * (len(contestants) + 2),
+    ]
+    for figure, times in record["figures"].items():
+        size = int(figure.split()[-1])
+        own = statistics.median(times[base])
+        if figure.startswith("prefill"):
+            operations = 2 * config["matrices"] * size + config["attention"] * size**2 / 2
+            share, shown = operations / own / rates[record["dtype"]], lambda t: f"{t:.2f} s"
+        else:
+            read = 2 * config["matrices"] + config["cache"] * size
+            share, shown = read / own / limit["bytes_s"], lambda t: f"{1000 * t:.1f} ms"
+        cells = []
+        for name in contestants:
+            cell = shown(statistics.median(times[name]))
+            if name != base:
+                pairs = zip(times[name], times[base], strict=True)
+                cell += f" ({statistics.median(a / b for a, b in pairs):.2f})"
+            cells.append(cell)
+        lines.append(f"| {figure} | " + " | ".join(cells) + f" | {100 * share:.0f}% |")
+    lines += ["", "In brackets: how many times as long as the first column, median of the turns."]
+    for what, size in record["memory"].items():
+        lines.append(f"Peak resident memory, {what}: {size / 1e9:.2f} GB.")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure llama3.py on a random model.")
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--against", default="", help="llama.cpp, transformers, or both")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=llama3.DTYPES, help="type to compute in")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--record", type=Path, help="JSON file to add the figures to")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    params, contexts = SIZES[args.size]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_checkpoint(folder, params)
+        start = time.perf_counter()
+        config = llama3.load_config(folder)
+        dtype = llama3.DTYPES.get(args.dtype)
+        weights = llama3.load_weights(folder, config, device, dtype)
+        load_s = time.perf_counter() - start
+        computed = str(weights["norm.weight"].dtype).removeprefix("torch.")
+        contestants = {}
+        start = time.perf_counter()
+        if device.type == "cpu":
+            contestants["compiled products"] = ours(llama3.compiled_products(weights), config)
+        compile_s = time.perf_counter() - start
+        contestants["eager"] = ours(weights, config)
+        against = [other for other in args.against.split(",") if other]
+        if "llama.cpp" in against:
+            contestants["llama.cpp BF16"] = in_llama_cpp(folder, config, args.threads)
+        if "transformers" in against:
+            contestants["transformers bfloat16"] = in_transformers(folder, config, device)
+        matrices = sum(
+            weight.numel()
+            for name, weight in weights.items()
+            if weight.dim() == 2 and "embeddings" not in name
+        )
+        kv_bytes = 2 * config.n_layers * config.n_kv_heads * config.head_dim
+        record = {
+            "command": " ".join(["python", "benchmarks/run.py", *sys.argv[1:]]),
+            "size": args.size,
+            "processor": processor() if device.type == "cpu" else torch.cuda.get_device_name(),
+            "threads": args.threads,
+            "versions": f"Python {platform.python_version()}, PyTorch {torch.__version__}",
+            "dtype": computed,
+            "load_s": load_s,
+            "compile_s": compile_s,
+            "machine": machine(device),
+            "model": {
+                "matrices": matrices,
+                "attention": 4 * config.dim * config.n_layers,
+                "cache": kv_bytes * weights["norm.weight"].itemsize,
+            },
+            "figures": take_turns(contestants, contexts, args.turns),
+            "memory": {},
+        }
+        stored = (folder / "consolidated.00.pth").stat().st_size
+        record["memory"]["of the checkpoint file (on disk)"] = stored
+        if device.type == "cpu":
+            for n, asked in ((128, "None"), (4096, "None"), (4096, "torch.float32")):
+                what = f"a prompt of {n} tokens" + (", float32" if "float32" in asked else "")
+                record["memory"][what] = peak_memory(folder, n, asked)
+    print(table(record))
+    if args.record:
+        records = json.loads(args.record.read_text()) if args.record.exists() else []
+        args.record.write_text(json.dumps([*records, record], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
