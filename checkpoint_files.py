@@ -264,6 +264,17 @@ def kind_of_archive(path: Path) -> str:
         return "no zip archive, as checkpoints were before PyTorch 1.6"
 
 
+def bytes_to_read(path: Path) -> int:
+    """The memory that the file of a checkpoint takes at least where it cannot be mapped, else 0."""
+    if kind_of_archive(path) == MAPPABLE:
+        return 0
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return sum(entry.file_size for entry in archive.infolist())
+    except Exception:  # no archive, or a damaged one
+        return path.stat().st_size
+
+
 @contextmanager
 def _spelled_in_utf8(path: Path) -> Iterator[str]:
     """A name for a file that is UTF-8, as PyTorch's own code needs it, even where its own is not.
@@ -411,3 +422,27 @@ class Limits(NamedTuple):
     def __str__(self) -> str:
         noun = {int: "a whole number", float: "a number", bool: "a boolean"}[self.kind]
         return f"{noun} from {json.dumps(self.low)} to {json.dumps(self.high)}"
+
+
+def refuse_value(path: Path, params: dict[str, object], key: str, expected: object) -> NoReturn:
+    """Raise the CheckpointError for a key of params.json."""
+    found = quoted(params[key]) if key in params else "missing"
+    raise CheckpointError(path, f'"{key}" is {found}, expected {expected}')
+
+
+def check_values(
+    path: Path, params: dict[str, object], limits: dict[str, Limits], optional: Collection[str]
+) -> dict[str, float]:
+    """The values of the keys in `limits`, each as its kind: 500000 becomes 500000.0.
+
+    Those that are optional may be missing or null, and are left out. Raises CheckpointError.
+    """
+    values = {}
+    for key, limit in limits.items():
+        value = params.get(key)
+        if value is None and key in optional:
+            continue
+        if not limit.allow(value):
+            refuse_value(path, params, key, limit)
+        values[key] = limit.kind(value)
+    return values

@@ -36,6 +36,7 @@ import tokenizer_setup
 from checkpoint_files import (
     CheckpointError,
     Limits,
+    bytes_to_read,
     one_line,
     out_of_memory,
 )
@@ -404,6 +405,17 @@ def bytes_needed(
     }
 
 
+def check_file(ckpt_dir: Path) -> None:
+    """Raise UsageError if the weights cannot be mapped and there is no memory to read them."""
+    path = ckpt_dir / "consolidated.00.pth"
+    size, free = bytes_to_read(path) if path.is_file() else 0, free_bytes(torch.device("cpu"))
+    if size > free:
+        raise UsageError(
+            f"{path} cannot be mapped, and to read it takes {amount(size)} of memory, but "
+            f"{amount(free)} are free; save it anew with torch.save, or use a smaller model"
+        )
+
+
 def check_memory(
     config: llama3.Config,
     weights: llama3.Weights,
@@ -499,11 +511,15 @@ def bar(what: str, unit: str, delay: float) -> Callable[[Iterable], Iterable]:
 
 
 def worth_compiling(weights: llama3.Weights, device: torch.device) -> bool:
-    """Whether compiled products save more than compiling takes, and a C++ compiler is at hand."""
+    """Whether compiled products save more than compiling takes, and a C++ compiler is at hand.
+
+    In bfloat16 PyTorch's own loop for one vector is as fast as a compiled one (benchmarks/run.py).
+    """
     size = sum(weight.nbytes for weight in weights.values())
+    large = device.type == "cpu" and size > COMPILED_FROM_BYTES
     compilers = (os.environ.get("CXX"), "g++", "clang++", "cl")
     found = any(shutil.which(name) for name in compilers if name)
-    return device.type == "cpu" and size > COMPILED_FROM_BYTES and found
+    return large and found and weights["norm.weight"].dtype == torch.float32
 
 
 def compiled(weights: llama3.Weights) -> llama3.Weights:
@@ -539,6 +555,7 @@ def run(args: argparse.Namespace) -> int:
     device = choose_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
+    check_file(ckpt_dir)
     config = llama3.load_config(ckpt_dir)
     tokenizer = matching_tokenizer(args.tokenizer or ckpt_dir / "tokenizer.model", config)
     spelled = tokenizer_setup.special_tokens_in(prompt)

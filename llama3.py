@@ -28,13 +28,14 @@ if __name__ == "__main__":  # the command, which imports this file as the module
         raise SystemExit(130) from None
     raise SystemExit(command_line.main())
 
+import functools
 import math
 import numbers
 import os
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,17 +43,17 @@ from torch.nn.functional import silu
 
 from checkpoint_files import (
     MAPPABLE,
-    CheckpointError,
     Limits,
+    check_values,
     check_weights,
     embeddings_in,
     find_file,
     find_weights,
     one_line,
     opened_for_pytorch,
-    quoted,
     read_json_object,
     refuse_other_computation,
+    refuse_value,
 )
 
 # --- 1. Config ------------------------------------------------------------------------------------
@@ -101,7 +102,7 @@ class Weights(dict[str, Tensor]):
     The norms have the type that is computed in; the matrices may be stored in any other.
     """
 
-    one_token: Callable[[Tensor, Tensor], Tensor] | None = None  # see compiled_products
+    one_token: Callable[[Tensor, Tensor], Tensor] | None = None  # `linear` of a single vector
 
 
 def weight_shapes(config: Config) -> dict[str, tuple[int, ...]]:
@@ -143,6 +144,16 @@ def _product_with_another_type(x: Tensor, w: Tensor) -> Tensor:
     keep = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
     pieces = (part.to(x.dtype) if keep else room[: len(part)].copy_(part) for part in w.split(rows))
     return torch.cat([x @ piece.T for piece in pieces], dim=-1)
+
+
+def product_of_one(x: Tensor, w: Tensor) -> Tensor:
+    """x @ w.T for one vector x [..., inputs], by PyTorch's own loop: oneDNN's takes twice as long."""
+    onednn = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        return x @ w.T if w.dtype == x.dtype else _product_with_another_type(x, w)
+    finally:
+        torch._C._set_mkldnn_enabled(onednn)
 
 
 def linear(x: Tensor, weights: Weights, name: str) -> Tensor:
@@ -354,7 +365,7 @@ def _one_token(x: Tensor, w: Tensor) -> Tensor:
 def compiled_products(weights: Weights) -> Weights:
     """The same weights, with products of one token compiled for the processor, which takes seconds.
 
-    Raises what torch.compile raises, and RuntimeError where the results are wrong.
+    Raises what torch.compile raises, and RuntimeError for wrong results.
     """
     fast = Weights(weights)
     fast.one_token = torch.compile(_one_token, dynamic=False)
@@ -497,8 +508,10 @@ def _new_tokens(
     """The loop of `generate`: the prompt in blocks (prefill), then a token a step (decode)."""
     n_prompt, n_most = len(prompt), len(prompt) + n_new
     cache = new_cache(weights, config, min(n_prompt + 256, n_most))
+    decoding = Weights(weights)
+    decoding.one_token = getattr(weights, "one_token", None) or product_of_one
 
-    def logits_after(tokens: Tensor, end: int) -> Tensor:  # those before position `end`
+    def logits_after(tokens: Tensor, end: int, weights: Weights) -> Tensor:  # of tokens up to `end`
         positions = torch.arange(end - len(tokens), end, device=prompt.device)
         seen = cache[..., :end, :]
         return forward(tokens, weights, config, positions=positions, cache=seen, last_only=True)
@@ -506,13 +519,13 @@ def _new_tokens(
     end = 0
     for tokens in progress(prompt.split(PREFILL_TOKENS)) if n_new else ():
         end += len(tokens)
-        logits = logits_after(tokens, end)
+        logits = logits_after(tokens, end, weights)
     for step in range(1, n_new + 1):
         if step > 1:
             end += 1
             if end > cache.shape[-2]:  # it grows by half: each position is copied twice on average
                 cache = longer_cache(cache, min(end + end // 2, n_most))
-            logits = logits_after(tokens, end)
+            logits = logits_after(tokens, end, decoding)
         check_finite(logits, weights, step)
         tokens = sample(logits, sampling, generator)  # [1]
         token = tokens.item()
@@ -587,10 +600,10 @@ ROPE_SCALING_FACTORS = {2048: 32.0, 3072: 32.0}
 def _load_file(ckpt_dir: str | os.PathLike) -> tuple[Path, object]:
     """The path of consolidated.00.pth and what is in it, whatever that is, mapped into memory.
 
-    Where it cannot be mapped it is read, with a UserWarning. Raises CheckpointError.
+    Where it cannot be mapped it is read, with a UserWarning; those of pickle protocols are ignored,
+    as what is wrong with them is raised. Raises CheckpointError.
     """
     path = find_weights(ckpt_dir)
-    # What is ignored are warnings of pickle protocols: what is wrong with those is raised.
     with opened_for_pytorch(path) as (name, kind), warnings.catch_warnings(action="ignore"):
         content = torch.load(name, map_location="cpu", weights_only=True, mmap=kind == MAPPABLE)
     if kind != MAPPABLE:
@@ -609,22 +622,11 @@ def load_config(ckpt_dir: str | os.PathLike) -> Config:
     """
     path = find_file(ckpt_dir, "params.json")
     params = read_json_object(path)
-
-    def refuse(key: str, expected: object) -> NoReturn:
-        found = quoted(params[key]) if key in params else "missing"
-        raise CheckpointError(path, f'"{key}" is {found}, expected {expected}')
-
     if params.get("vocab_size") == -1:  # Meta's default: as many as the weights have
         weights_path, content = _load_file(ckpt_dir)
         params["vocab_size"] = len(embeddings_in(content, weights_path))
-    values = {}
-    for key, limits in PARAMS_LIMITS.items():
-        value = params.get(key)
-        if value is None and key in Config._field_defaults:
-            continue
-        if not limits.allow(value):
-            refuse(key, limits)
-        values[key] = limits.kind(value)  # 500000 becomes 500000.0
+    values = check_values(path, params, PARAMS_LIMITS, optional=Config._field_defaults)
+    refuse = functools.partial(refuse_value, path, params)
     if "rope_scaling_factor" in values and not values.get("use_scaled_rope"):
         refuse("use_scaled_rope", 'true where there is a "rope_scaling_factor", or neither')
     values.setdefault("n_kv_heads", values["n_heads"])

@@ -102,6 +102,18 @@ def test_a_file_of_before_pytorch_1_6_is_read_with_a_note(capsys, folder, weight
         assert line.endswith("download it again")
 
 
+def test_a_small_file_that_would_fill_the_memory_is_refused(capsys, folder, monkeypatch):
+    """A compressed archive may hold more than its size tells."""
+    with zipfile.ZipFile(folder / "consolidated.00.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/0", bytes(50_000_000))
+    monkeypatch.setattr(command_line, "free_bytes", lambda device: 40e6)
+    line = refused(capsys, *SUM, "--ckpt-dir", str(folder))
+    assert "cannot be mapped, and to read it takes 50 MB of memory, but 40 MB are free" in line
+    old = folder / "consolidated.00.pth"
+    torch.save({"a": torch.ones(11_000_000)}, old, _use_new_zipfile_serialization=False)
+    assert "to read it takes 44 MB" in refused(capsys, *SUM, "--ckpt-dir", str(folder))
+
+
 @pytest.mark.parametrize("new_format", [True, False])
 @pytest.mark.parametrize(
     ("value", "name"),

@@ -194,6 +194,23 @@ def test_tokens_are_computed_only_when_they_are_asked_for(model, monkeypatch):
     assert calls == [4, 1, 1]  # decode: one token a step
 
 
+def test_steps_use_the_product_of_one_vector_and_the_prompt_does_not(model, monkeypatch):
+    weights, config = model
+    used, one = [], llama3.product_of_one
+    onednn = torch._C._get_mkldnn_enabled()
+    monkeypatch.setattr(llama3, "product_of_one", lambda x, w: used.append(x.shape) or one(x, w))
+    tokens = llama3.generate([7], weights, config, max_new_tokens=3)
+    next(tokens)
+    assert used == []  # a prompt of one token has the bits of the whole sequence
+    next(tokens)
+    assert len(used) == 7 * config.n_layers + 1
+    assert set(used) == {(1, config.dim), (1, config.ffn_dim)}
+    assert torch._C._get_mkldnn_enabled() == onednn
+    with pytest.raises(RuntimeError):
+        one(torch.ones(1, 3), torch.ones(2, 4))
+    assert torch._C._get_mkldnn_enabled() == onednn
+
+
 def test_a_prompt_goes_through_in_blocks_each_against_the_keys_up_to_its_end(model, monkeypatch):
     prompt = random_tokens(model[1], 100).tolist()
     expected = list(llama3.generate(prompt, *model, max_new_tokens=20))
