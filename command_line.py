@@ -42,7 +42,7 @@ from checkpoint_files import (
 )
 
 DEMO_DIR = Path(__file__).resolve().parent / "demo"
-THREADS_BYTES = 2**28
+THREADS_BYTES = 2**28  # of address space for PyTorch's threads, which end the process without it
 COMPILED_FROM_BYTES = 5e8  # of weights: below, compiling takes longer than it saves
 MAX_PROMPT_BYTES = 2**26  # more than any context holds, and not more than is quickly read
 
@@ -371,12 +371,13 @@ def free_bytes(device: torch.device) -> float:
         group = "/sys/fs/cgroup/memory"
         used = read(f"{group}.current", r"(\d+)") - read(f"{group}.stat", r"^inactive_file (\d+)")
         limits.append(read(f"{group}.max", r"^(\d+)") - used)
-    with contextlib.suppress(ImportError, OSError, TypeError):  # of address space (ulimit -v), of
-        import resource  # which PyTorch's threads need some, or end the process without a word
+    with contextlib.suppress(ImportError, OSError, TypeError):  # of address space (ulimit -v)
+        import resource
 
-        limit = resource.getrlimit(resource.RLIMIT_AS)[0] - THREADS_BYTES
-        if limit != resource.RLIM_INFINITY - THREADS_BYTES:
-            limits.append(limit - 1024 * read("/proc/self/status", r"^VmSize:\s+(\d+) kB"))
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit != resource.RLIM_INFINITY:
+            used = 1024 * read("/proc/self/status", r"^VmSize:\s+(\d+) kB")
+            limits.append(limit - used - THREADS_BYTES)
     return max(min(limits, default=math.inf), 0)
 
 
@@ -448,6 +449,8 @@ def check_memory(
         advice = f"a prompt of {fits} tokens would fit" if fits else "use a smaller model"
         if not fits and dtype.itemsize == 4 and weights_bytes:
             advice += " or --dtype bfloat16"
+        if not free:
+            advice = "free some, or raise the limit of address space (ulimit -v)"
         raise UsageError(
             f"this needs {amount(sum(parts.values()))} of memory ({found}), but {amount(free)} "
             f"are free on {device.type}; {advice}"

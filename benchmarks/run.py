@@ -349,7 +349,10 @@ def table(record: dict) -> str:
         size = int(figure.split()[-1])
         own = statistics.median(times[base])
         if figure.startswith("prefill"):
-            operations = 2 * config["matrices"] * size + config["attention"] * size**2 / 2
+            layers = (
+                config["matrices"] - config["output"]
+            )  # which the last token alone goes through
+            operations = 2 * layers * size + config["attention"] * size**2 / 2
             share, shown = operations / own / rates[record["dtype"]], lambda t: f"{t:.2f} s"
         else:
             read = 2 * config["matrices"] + config["cache"] * size
@@ -419,12 +422,17 @@ def main() -> None:
             "machine": machine(device),
             "model": {
                 "matrices": matrices,
+                "output": config.vocab_size * config.dim,
                 "attention": 4 * config.dim * config.n_layers,
                 "cache": kv_bytes * weights["norm.weight"].itemsize,
             },
             "figures": take_turns(contestants, contexts, args.turns),
             "memory": {},
         }
+        after = machine(device)  # the limits are what it could do at best, before or after
+        record["machine"]["bytes_s"] = max(record["machine"]["bytes_s"], after["bytes_s"])
+        for name, rate in after["flop_s"].items():
+            record["machine"]["flop_s"][name] = max(record["machine"]["flop_s"][name], rate)
         stored = (folder / "consolidated.00.pth").stat().st_size
         record["memory"]["of the checkpoint file (on disk)"] = stored
         if device.type == "cpu":

@@ -193,7 +193,7 @@ def test_a_limit_of_address_space_is_told_before_anything_is_loaded(capsys, fold
     monkeypatch.setattr(resource, "getrlimit", lambda which: limits)
     line = refused(capsys, "--prompt", "a " * 3000, "--ckpt-dir", str(folder))
     assert "MB of memory (weights 0 MB, cache " in line
-    assert "but 0 MB are free on cpu; use a smaller model" in line
+    assert "but 0 MB are free on cpu; free some, or raise the limit of address space" in line
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names are UTF-8")
