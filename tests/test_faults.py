@@ -19,6 +19,8 @@ import time
 import zipfile
 from pathlib import Path
 
+import nbclient
+import nbformat
 import pytest
 import torch
 from conftest import DEMO, ROOT, config_of, random_weights
@@ -613,6 +615,28 @@ def test_it_works_where_standard_output_is_no_file(monkeypatch):
         monkeypatch.setattr(sys, "stdout", stream)
         assert command_line.main(SUM) == 0
         assert getattr(stream, "text", None) == "25." or stream.getvalue() == "25."
+
+
+def test_it_works_in_a_notebook():
+    """In a real kernel: as a command, and as a function, whose status is the cell's value."""
+    cells = [
+        "%run llama3.py --prompt '17 plus 8 is ' --ckpt-dir demo",
+        "import command_line\ncommand_line.main(['--prompt', '17 plus 8 is ', '--ckpt-dir', 'no'])",
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    resources = {"metadata": {"path": str(ROOT)}}
+    nbclient.NotebookClient(notebook, timeout=60, resources=resources).execute()
+    streams = [
+        {
+            name: "".join(output.text for output in cell.outputs if output.get("name") == name)
+            for name in ("stdout", "stderr")
+        }
+        for cell in notebook.cells
+    ]
+    assert streams[0] == {"stdout": "25.", "stderr": ""}
+    assert streams[1]["stdout"] == ""
+    assert streams[1]["stderr"].startswith("llama3.py: error: no: no such folder; needed is")
+    assert notebook.cells[1].outputs[-1].data["text/plain"] == "2"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")

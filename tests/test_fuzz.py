@@ -58,7 +58,9 @@ def folder(made, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def whole_again(made, folder):
+    threads = torch.get_num_threads()
     yield
+    torch.set_num_threads(threads)
     shutil.copytree(made, folder, dirs_exist_ok=True)
 
 
@@ -341,6 +343,7 @@ OPTIONS = {
     "--max-seq-len": spelled(st.integers(-2, 9999), lambda n: n >= 1),
     "--temperature": spelled(st.floats(-1, 1e6) | st.integers(-1, 9), lambda x: x >= 0),
     "--top-p": spelled(st.floats(-0.5, 1.5), lambda p: 0 <= p <= 1),
+    "--threads": spelled(st.integers(-1, 3), lambda n: n >= 1),
     "--seed": spelled(st.integers(-9, 2**65), lambda n: 0 <= n < 2**63),
     "--dtype": st.sampled_from(
         [("float32", True), ("bfloat16", True), ("float16", True), ("int8", False), ("", False)]
