@@ -470,20 +470,20 @@ def test_the_memory_of_a_prompt_is_bounded_and_counted(tmp_path, dtype):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_a_whole_sequence_takes_no_memory_that_grows_with_its_square():
-    """All scores at once would take 8 heads x 10,000^2 x 4 bytes, a mask alone 10,000^2."""
+    """All scores at once would take 8 heads x 14,000^2 x 4 bytes, a mask alone 14,000^2."""
     code = """if True:
         import pathlib, torch, command_line, llama3
         config = llama3.load_config("demo")._replace(n_layers=1)
         weights = llama3.load_weights("demo", config._replace(n_layers=4))
         peaks = []
         with torch.inference_mode():
-            for n in (100, 5000, 10000):
+            for n in (100, 5000, 14000):
                 pathlib.Path("/proc/self/clear_refs").write_text("5")
                 before = command_line.peak_rss_bytes()
                 llama3.forward(torch.zeros(n, dtype=torch.int64), weights, config, last_only=True)
                 print(command_line.peak_rss_bytes() - before)"""
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
-    assert max(map(int, result.stdout.split())) < 2e8
+    assert max(map(int, result.stdout.split())) < 1.9e8
 
 
 def test_an_allocation_that_fails_is_told_in_one_line(capsys, monkeypatch):
