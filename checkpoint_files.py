@@ -254,25 +254,30 @@ def refuse_pickle(path: Path, error: BaseException) -> NoReturn:
 MAPPABLE = "a zip archive of which every entry stands in it as it is"
 
 
-def kind_of_archive(path: Path) -> str:
-    """MAPPABLE, or what else a checkpoint file is, which can only be read as a whole."""
+def _entries(path: Path) -> list[zipfile.ZipInfo] | None:
+    """What stands in a zip archive; None if the file is none, or a damaged one."""
     try:
         with zipfile.ZipFile(path) as archive:
-            as_it_is = (entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
-            return MAPPABLE if all(as_it_is) else "a compressed zip archive"
+            return archive.infolist()
     except Exception:  # zipfile raises many things at a damaged archive
+        return None
+
+
+def kind_of_archive(path: Path) -> str:
+    """MAPPABLE, or what else a checkpoint file is, which can only be read as a whole."""
+    entries = _entries(path)
+    if entries is None:
         return "no zip archive, as checkpoints were before PyTorch 1.6"
+    as_it_is = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+    return MAPPABLE if as_it_is else "a compressed zip archive"
 
 
 def bytes_to_read(path: Path) -> int:
     """The memory that the file of a checkpoint takes at least where it cannot be mapped, else 0."""
     if kind_of_archive(path) == MAPPABLE:
         return 0
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return sum(entry.file_size for entry in archive.infolist())
-    except Exception:  # no archive, or a damaged one
-        return path.stat().st_size
+    entries = _entries(path)
+    return path.stat().st_size if entries is None else sum(entry.file_size for entry in entries)
 
 
 @contextmanager

@@ -248,6 +248,7 @@ def repeat_heads(x: Tensor, times: int) -> Tensor:
 
 
 MOST_SCORES = 2**22  # of attention, at a time
+PREFILL_TOKENS = 1024  # of a prompt at a time: enough to keep the processor busy
 
 
 def grouped_query_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
@@ -489,9 +490,6 @@ def check_finite(logits: Tensor, weights: Weights, step: int) -> None:
     if dtype == "float16":
         reason += ", and float16 ends at 65504; compute in bfloat16 or float32 (--dtype)"
     raise FloatingPointError(f"the logits of new token {step} are not finite numbers: {reason}")
-
-
-PREFILL_TOKENS = 1024  # of a prompt at a time: enough to keep the processor busy
 
 
 @torch.inference_mode()

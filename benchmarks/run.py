@@ -107,8 +107,8 @@ def ours(weights: llama3.Weights, config: llama3.Config) -> Contestant:
     return prefill, decode
 
 
-def in_transformers(folder: Path, config: llama3.Config, device: torch.device) -> Contestant:
-    """LlamaForCausalLM with the same sizes and bfloat16 weights, eager attention as it comes."""
+def in_transformers(config: llama3.Config, device: torch.device) -> Contestant:
+    """LlamaForCausalLM with the same sizes and random bfloat16 weights, as it comes."""
     import transformers
 
     model_config = transformers.LlamaConfig(
@@ -403,7 +403,7 @@ def main() -> None:
         if "llama.cpp" in against:
             contestants["llama.cpp BF16"] = in_llama_cpp(folder, config, args.threads)
         if "transformers" in against:
-            contestants["transformers bfloat16"] = in_transformers(folder, config, device)
+            contestants["transformers bfloat16"] = in_transformers(config, device)
         matrices = sum(
             weight.numel()
             for name, weight in weights.items()

@@ -1,12 +1,15 @@
 """What several test files need: the demo, Meta's tokenizer, and small random models."""
 
+import io
 import json
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 
+import command_line
 import llama3
 from tokenizer_setup import load_tokenizer
 
@@ -69,6 +72,22 @@ def apart(a: torch.Tensor, b: torch.Tensor) -> float:
     """The greatest difference, relative to the greatest value."""
     a, b = torch.as_tensor(a), torch.as_tensor(b)
     return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def compressed(path):
+    """Write a zip archive anew, compressed."""
+    content = io.BytesIO(path.read_bytes())
+    with zipfile.ZipFile(content) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, old.read(entry))
+
+
+def peak_of(function):
+    """The bytes that became resident at most while `function` ran."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = command_line.peak_rss_bytes()
+    function()
+    return command_line.peak_rss_bytes() - before
 
 
 @pytest.fixture(autouse=True)

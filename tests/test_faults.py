@@ -23,7 +23,7 @@ import nbclient
 import nbformat
 import pytest
 import torch
-from conftest import DEMO, ROOT, config_of, random_weights
+from conftest import DEMO, ROOT, compressed, config_of, peak_of, random_weights
 
 import checkpoint_files
 import command_line
@@ -72,14 +72,6 @@ def refused(capsys, *arguments):
 
 
 # --- whole files that PyTorch cannot map, or not read ---------------------------------------------
-
-
-def compressed(path):
-    """Write a zip archive anew, compressed."""
-    content = io.BytesIO(path.read_bytes())
-    with zipfile.ZipFile(content) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
-        for entry in old.infolist():
-            new.writestr(entry.filename, old.read(entry))
 
 
 def test_a_compressed_archive_is_read_with_a_note(capsys, folder):
@@ -445,14 +437,6 @@ def test_a_device_of_its_own_must_hold_the_weights(demo_config, demo_weights, mo
     with pytest.raises(command_line.UsageError, match=r"weights 4 MB.* or --dtype bfloat16"):
         command_line.check_memory(*arguments, torch.float32, 9, 1)
     command_line.check_memory(*arguments, torch.bfloat16, 9, 1)
-
-
-def peak_of(function):
-    """The bytes that became resident at most while `function` ran."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = command_line.peak_rss_bytes()
-    function()
-    return command_line.peak_rss_bytes() - before
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")

@@ -13,11 +13,10 @@ import math
 import re
 import shutil
 import warnings
-import zipfile
 
 import pytest
 import torch
-from conftest import config_of, random_weights
+from conftest import compressed, config_of, random_weights
 from hypothesis import given, note
 from hypothesis import strategies as st
 
@@ -267,10 +266,7 @@ def test_contents_of_a_checkpoint(made, folder, data):
     form = data.draw(st.sampled_from(["zip", "zip", "compressed", "old"]))
     torch.save(weights, path, _use_new_zipfile_serialization=form != "old")
     if form == "compressed":
-        saved = io.BytesIO(path.read_bytes())
-        with zipfile.ZipFile(saved) as a, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as b:
-            for entry in a.infolist():
-                b.writestr(entry.filename, a.read(entry))
+        compressed(path)
     dtype = data.draw(st.sampled_from([[], ["--dtype", "float32"], ["--dtype", "bfloat16"]]))
     status, _, err = run(folder, *COMPLETE, *dtype)
     assert status == (0 if usable else 2)
