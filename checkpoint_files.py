@@ -362,7 +362,8 @@ def check_weights(
     """What a checkpoint file held, if it is just the tensors of these shapes, each of a known type.
 
     An entry "rope.freqs" is left out, and output.weight may be missing, which makes it the
-    embeddings. Raises CheckpointError, which names `path`.
+    embeddings. Beside each other matrix there may be a bias. Raises CheckpointError, which names
+    `path`.
     """
 
     def refuse(problem: str) -> NoReturn:
@@ -371,6 +372,10 @@ def check_weights(
     embeddings = embeddings_in(content, path)
     weights = {name: tensor for name, tensor in content.items() if name != "rope.freqs"}
     weights.setdefault("output.weight", embeddings)  # tied
+    for name, shape in [*shapes.items()]:
+        bias = name.removesuffix("weight") + "bias"
+        if len(shape) == 2 and "embeddings" not in name and bias in weights:
+            shapes = shapes | {bias: shape[:1]}
     for name, shape in shapes.items():
         tensor = weights.get(name)
         if tensor is None:
@@ -396,12 +401,15 @@ def check_weights(
 class Limits(NamedTuple):
     """Which values a setting may have; as text, for messages: "a whole number from 1 to 9"."""
 
-    kind: type  # int, float or bool
+    kind: type  # int, float, bool, or tuple: a list of numbers
     low: float
     high: float
 
     def allow(self, value: object) -> bool:
         """Whether `value` is of this kind and within the limits; a whole number is a float too."""
+        if self.kind is tuple:
+            each = Limits(float, self.low, self.high)
+            return isinstance(value, list | tuple) and all(map(each.allow, value))
         if self.kind is bool or isinstance(value, bool):
             return type(value) is self.kind
         number = numbers.Integral if self.kind is int else numbers.Real
@@ -425,8 +433,33 @@ class Limits(NamedTuple):
         return [self.check(f"a token of {name}", value) for value in values]
 
     def __str__(self) -> str:
-        noun = {int: "a whole number", float: "a number", bool: "a boolean"}[self.kind]
+        nouns = {int: "a whole number", float: "a number", bool: "a boolean"}
+        noun = nouns.get(self.kind, "a list of numbers")
         return f"{noun} from {json.dumps(self.low)} to {json.dumps(self.high)}"
+
+
+# For the values in params.json. They are far beyond any model, and catch a file of another kind.
+PARAMS_LIMITS = {
+    "dim": Limits(int, 1, 2**24),
+    "n_layers": Limits(int, 1, 4096),
+    "n_heads": Limits(int, 1, 2**24),
+    "n_kv_heads": Limits(int, 1, 2**24),
+    "head_dim": Limits(int, 1, 2**16),
+    "ffn_dim": Limits(int, 1, 2**24),
+    "vocab_size": Limits(int, 1, 2**24),
+    "multiple_of": Limits(int, 1, 2**24),
+    "ffn_dim_multiplier": Limits(float, 0.01, 100),
+    "norm_eps": Limits(float, 1e-12, 1),
+    "rope_theta": Limits(float, 1, 1e12),
+    "use_scaled_rope": Limits(bool, False, True),
+    "rope_scaling_factor": Limits(float, 1, 1e6),
+    "rope_divisors": Limits(tuple, 1e-6, 1e6),
+    "max_seq_len": Limits(int, 1, 2**24),
+}
+
+# By dim, for a params.json that gives no rope_scaling_factor: Meta's code uses 8 for every model,
+# but Llama 3.2 1B and 3B were made with 32 (their config.json; issues 166 and 241 of llama-models).
+ROPE_SCALING_FACTORS = {2048: 32.0, 3072: 32.0}
 
 
 def refuse_value(path: Path, params: dict[str, object], key: str, expected: object) -> NoReturn:

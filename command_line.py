@@ -514,15 +514,10 @@ def bar(what: str, unit: str, delay: float) -> Callable[[Iterable], Iterable]:
 
 
 def worth_compiling(weights: llama3.Weights, device: torch.device) -> bool:
-    """Whether compiled products save more than compiling takes, and a C++ compiler is at hand.
-
-    In bfloat16 PyTorch's own loop for one vector is as fast as a compiled one (benchmarks/run.py).
-    """
-    size = sum(weight.nbytes for weight in weights.values())
-    large = device.type == "cpu" and size > COMPILED_FROM_BYTES
+    """Whether compiled products save more than compiling takes, and a C++ compiler is at hand."""
+    large = device.type == "cpu" and sum(w.nbytes for w in weights.values()) > COMPILED_FROM_BYTES
     compilers = (os.environ.get("CXX"), "g++", "clang++", "cl")
-    found = any(shutil.which(name) for name in compilers if name)
-    return large and found and weights["norm.weight"].dtype == torch.float32
+    return large and any(shutil.which(name) for name in compilers if name)
 
 
 def compiled(weights: llama3.Weights) -> llama3.Weights:
@@ -561,7 +556,7 @@ def run(args: argparse.Namespace) -> int:
     check_file(ckpt_dir)
     config = llama3.load_config(ckpt_dir)
     tokenizer = matching_tokenizer(args.tokenizer or ckpt_dir / "tokenizer.model", config)
-    spelled = tokenizer_setup.special_tokens_in(prompt)
+    spelled = tokenizer_setup.special_tokens_in(tokenizer, prompt)
     if spelled:
         note(f"the prompt is plain text, in which {spelled[0]} is no special token")
     prompt_tokens = tokenizer_setup.encode(tokenizer, prompt)

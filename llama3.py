@@ -43,6 +43,8 @@ from torch.nn.functional import silu
 
 from checkpoint_files import (
     MAPPABLE,
+    PARAMS_LIMITS,
+    ROPE_SCALING_FACTORS,
     Limits,
     check_values,
     check_weights,
@@ -59,38 +61,43 @@ from checkpoint_files import (
 # --- 1. Config ------------------------------------------------------------------------------------
 
 
-class Config(NamedTuple):
-    """The constants of a model, under the names that they have in params.json."""
+def swiglu_width(dim: int, multiple_of: int, multiplier: float | None = None) -> int:
+    """Width inside the feed-forward network (llama3/model.py in Meta's llama-models)."""
+    width = int((1 if multiplier is None else multiplier) * int(2 * 4 * dim / 3))
+    return math.ceil(width / multiple_of) * multiple_of
 
+
+class _ConfigFields(NamedTuple):
     dim: int  # width of the vector that stands for a token
     n_layers: int
     n_heads: int  # heads of queries
     vocab_size: int
-    multiple_of: int  # ffn_dim is a multiple of it
+    multiple_of: int  # of which ffn_dim is one, unless it is given
     norm_eps: float  # is added to the mean square in RMSNorm
     rope_theta: float  # the base of RoPE's frequencies
-    n_kv_heads: int | None = None  # heads of keys and values; load_config makes None n_heads
+    n_kv_heads: int | None = None  # heads of keys and values: n_heads
+    head_dim: int | None = None  # width of one head: dim / n_heads
+    ffn_dim: int | None = None  # width inside the feed-forward network: swiglu_width
     ffn_dim_multiplier: float | None = None
     use_scaled_rope: bool = False  # true for Llama 3.1 and later
     rope_scaling_factor: float = 8.0
+    rope_divisors: tuple[float, ...] | None = None  # of each frequency, if scaled in another way
+    max_seq_len: int | None = None  # tokens in the context: 8192, with use_scaled_rope 131072
 
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.dim // self.n_heads
 
-    @property
-    def ffn_dim(self) -> int:
-        """Width inside the feed-forward network (llama3/model.py in Meta's llama-models)."""
-        width = int(2 * 4 * self.dim / 3)
-        if self.ffn_dim_multiplier is not None:
-            width = int(self.ffn_dim_multiplier * width)
-        return math.ceil(width / self.multiple_of) * self.multiple_of
+class Config(_ConfigFields):
+    """The constants of a model, under their names in params.json; None becomes what follows."""
 
-    @property
-    def max_seq_len(self) -> int:
-        """Tokens in the context: 131072 with scaled RoPE, as Llama 3.1 and later; else 8192."""
-        return 131072 if self.use_scaled_rope else 8192
+    def __new__(cls, *values: float | None, **named: float | None) -> "Config":
+        given = _ConfigFields(*values, **named)
+        follows = {
+            "n_kv_heads": given.n_heads,
+            "head_dim": given.dim // given.n_heads,
+            "ffn_dim": swiglu_width(given.dim, given.multiple_of, given.ffn_dim_multiplier),
+            "max_seq_len": 131072 if given.use_scaled_rope else 8192,
+        }
+        missing = (key for key in follows if getattr(given, key) is None)
+        return super().__new__(cls, **given._asdict() | {key: follows[key] for key in missing})
 
 
 # --- 2. Weights -----------------------------------------------------------------------------------
@@ -99,23 +106,23 @@ class Config(NamedTuple):
 class Weights(dict[str, Tensor]):
     """Tensors under Meta's names: see weight_shapes. A plain dict serves as well.
 
-    The norms have the type that is computed in; the matrices may be stored in any other.
+    Norms and biases have the type that is computed in; the matrices may be stored in any other.
     """
 
     one_token: Callable[[Tensor, Tensor], Tensor] | None = None  # `linear` of a single vector
 
 
 def weight_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """The name and shape of every weight. A matrix is [outputs, inputs], for `linear`."""
+    """The name and shape of every weight. A matrix is [outputs, inputs]; biases are optional."""
     dim, ffn_dim, vocab_size = config.dim, config.ffn_dim, config.vocab_size
-    kv_dim = (config.n_kv_heads or config.n_heads) * config.head_dim
+    q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     shapes = {"tok_embeddings.weight": (vocab_size, dim)}
     for layer in range(config.n_layers):
         shapes |= {
-            f"layers.{layer}.attention.wq.weight": (dim, dim),
+            f"layers.{layer}.attention.wq.weight": (q_dim, dim),
             f"layers.{layer}.attention.wk.weight": (kv_dim, dim),
             f"layers.{layer}.attention.wv.weight": (kv_dim, dim),
-            f"layers.{layer}.attention.wo.weight": (dim, dim),
+            f"layers.{layer}.attention.wo.weight": (dim, q_dim),
             f"layers.{layer}.feed_forward.w1.weight": (ffn_dim, dim),
             f"layers.{layer}.feed_forward.w3.weight": (ffn_dim, dim),
             f"layers.{layer}.feed_forward.w2.weight": (dim, ffn_dim),
@@ -160,13 +167,15 @@ def linear(x: Tensor, weights: Weights, name: str) -> Tensor:
     """Each vector in x times the matrix `name`: the one product of activations and weights.
 
     x [..., inputs], the weight [outputs, inputs] -> [..., outputs]. A row of the weight holds what
-    one output takes of each input, hence the transpose.
+    one output takes of each input, hence the transpose. A bias is added if there is one.
     """
-    w = weights[f"{name}.weight"]
+    w, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
     one_token = getattr(weights, "one_token", None)
     if one_token is not None and x.numel() == w.shape[1]:
-        return one_token(x, w)
-    return x @ w.T if w.dtype == x.dtype else _product_with_another_type(x, w)
+        y = one_token(x, w)
+    else:
+        y = x @ w.T if w.dtype == x.dtype else _product_with_another_type(x, w)
+    return y if bias is None else y + bias
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -187,6 +196,8 @@ def rope_frequencies(config: Config, device: str | torch.device = "cpu") -> Tens
     """
     exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents
+    if config.rope_divisors is not None:
+        return frequencies / torch.tensor(config.rope_divisors, device=device)
     if not config.use_scaled_rope:
         return frequencies
     old_context, low, high = 8192, 1, 4
@@ -424,8 +435,6 @@ class Sampling(_SamplingFields):
     Raises ValueError, which names the value that is not within SAMPLING_LIMITS.
     """
 
-    __slots__ = ()
-
     def __new__(cls, *values: float | None, **named: float | None) -> "Sampling":
         fields = _SamplingFields(*values, **named)._asdict()
         for name, limits in SAMPLING_LIMITS.items():
@@ -468,13 +477,6 @@ def sample(
     if sampling.top_p < 1:
         probabilities = nucleus(probabilities, sampling.top_p)
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
-
-
-def new_generator(seed: int | None, device: torch.device) -> torch.Generator:
-    """Random numbers of their own on `device`, different ones every time if the seed is None."""
-    generator = torch.Generator(device)
-    generator.seed() if seed is None else generator.manual_seed(seed)
-    return generator
 
 
 def check_finite(logits: Tensor, weights: Weights, step: int) -> None:
@@ -567,32 +569,14 @@ def generate(
     stop = frozenset(token_ids.check_each("stop_tokens", stop_tokens))
     n_new = min(max_new_tokens, max_seq_len - len(prompt))
     tokens = torch.tensor(prompt, device=weights["norm.weight"].device)
-    generator = new_generator(sampling.seed, tokens.device)
+    generator = torch.Generator(tokens.device)
+    generator.seed() if sampling.seed is None else generator.manual_seed(sampling.seed)
     return _new_tokens(tokens, n_new, weights, config, sampling, generator, stop, progress)
 
 
 # --- 5. Loading -----------------------------------------------------------------------------------
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-# For the values in params.json. They are far beyond any model, and catch a file of another kind.
-PARAMS_LIMITS = {
-    "dim": Limits(int, 1, 2**24),
-    "n_layers": Limits(int, 1, 4096),
-    "n_heads": Limits(int, 1, 2**24),
-    "n_kv_heads": Limits(int, 1, 2**24),
-    "vocab_size": Limits(int, 1, 2**24),
-    "multiple_of": Limits(int, 1, 2**24),
-    "ffn_dim_multiplier": Limits(float, 0.01, 100),
-    "norm_eps": Limits(float, 1e-12, 1),
-    "rope_theta": Limits(float, 1, 1e12),
-    "use_scaled_rope": Limits(bool, False, True),
-    "rope_scaling_factor": Limits(float, 1, 1e6),
-}
-
-# By dim, for a params.json that gives no rope_scaling_factor: Meta's code uses 8 for every model,
-# but Llama 3.2 1B and 3B were made with 32 (their config.json; issues 166 and 241 of llama-models).
-ROPE_SCALING_FACTORS = {2048: 32.0, 3072: 32.0}
 
 
 def _load_file(ckpt_dir: str | os.PathLike) -> tuple[Path, object]:
@@ -609,35 +593,42 @@ def _load_file(ckpt_dir: str | os.PathLike) -> tuple[Path, object]:
     return path, content
 
 
-def load_config(ckpt_dir: str | os.PathLike) -> Config:
-    """Read and check params.json in the folder `ckpt_dir`.
+def make_config(params: dict[str, object], path: Path) -> Config:
+    """The Config of what params.json holds. Raises CheckpointError, which names `path` and the key.
 
     A key that has a default in Config may be missing or null. Keys that Config does not have are
-    ignored, unless they would change what is computed. A vocab_size of -1 is that of the weights.
-    Without rope_scaling_factor, ROPE_SCALING_FACTORS goes before the default.
+    ignored, unless they would change what is computed. Without rope_scaling_factor,
+    ROPE_SCALING_FACTORS goes before the default.
+    """
+    values = check_values(path, params, PARAMS_LIMITS, optional=Config._field_defaults)
+    refuse = functools.partial(refuse_value, path, params)
+    if "rope_scaling_factor" in values and not values.get("use_scaled_rope"):
+        refuse("use_scaled_rope", 'true where there is a "rope_scaling_factor", or neither')
+    if values["dim"] in ROPE_SCALING_FACTORS:
+        values.setdefault("rope_scaling_factor", ROPE_SCALING_FACTORS[values["dim"]])
+    config = Config(**values)
+    if (config.dim % config.n_heads and "head_dim" not in values) or config.head_dim % 2:
+        refuse("n_heads", f'a number that cuts "dim" ({config.dim}) into heads of even width')
+    if config.n_heads % config.n_kv_heads:
+        refuse("n_kv_heads", f'a number that divides "n_heads" ({config.n_heads})')
+    divisors = config.rope_divisors
+    if divisors is not None and (config.use_scaled_rope or len(divisors) != config.head_dim // 2):
+        refuse("rope_divisors", f'{config.head_dim // 2} numbers, and no "use_scaled_rope"')
+    refuse_other_computation(path, params, known=Config._fields, same={"hidden_act": "silu"})
+    return config
 
-    Raises CheckpointError; it names the key whose value is missing or impossible.
+
+def load_config(ckpt_dir: str | os.PathLike) -> Config:
+    """Read and check params.json in the folder `ckpt_dir`: see `make_config`.
+
+    A vocab_size of -1 is that of the weights. Raises CheckpointError.
     """
     path = find_file(ckpt_dir, "params.json")
     params = read_json_object(path)
     if params.get("vocab_size") == -1:  # Meta's default: as many as the weights have
         weights_path, content = _load_file(ckpt_dir)
         params["vocab_size"] = len(embeddings_in(content, weights_path))
-    values = check_values(path, params, PARAMS_LIMITS, optional=Config._field_defaults)
-    refuse = functools.partial(refuse_value, path, params)
-    if "rope_scaling_factor" in values and not values.get("use_scaled_rope"):
-        refuse("use_scaled_rope", 'true where there is a "rope_scaling_factor", or neither')
-    values.setdefault("n_kv_heads", values["n_heads"])
-    if values["dim"] in ROPE_SCALING_FACTORS:
-        values.setdefault("rope_scaling_factor", ROPE_SCALING_FACTORS[values["dim"]])
-    config = Config(**values)
-    if config.dim % config.n_heads or config.head_dim % 2:
-        refuse("n_heads", f'a number that cuts "dim" ({config.dim}) into heads of even width')
-    if config.n_heads % config.n_kv_heads:
-        refuse("n_kv_heads", f'a number that divides "n_heads" ({config.n_heads})')
-    same = {"head_dim": config.head_dim, "hidden_act": "silu"}
-    refuse_other_computation(path, params, known=Config._fields, same=same)
-    return config
+    return make_config(params, path)
 
 
 def map_weights(ckpt_dir: str | os.PathLike, config: Config) -> Weights:

@@ -4,19 +4,24 @@ Llama 3 cuts text with byte-pair encoding. `tokenizer.model` lists every byte st
 token, with its rank: the lower the rank, the earlier two neighbours are merged into it. After the
 ranks come 256 special tokens, which no text can spell: they mark where a text, a turn or a header
 begins and ends.
+
+Where another family of models does something else, the difference is data: a TextFormat, which
+stands in tokenizer_setup.json beside its tokenizer.model.
 """
 
 import base64
 import codecs
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from typing import NoReturn
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple, NoReturn
 
 import tiktoken
 from tiktoken.load import read_file as read_remote
 
-from checkpoint_files import CheckpointError, describe_file, one_line
+from checkpoint_files import CheckpointError, describe_file, one_line, quoted, read_json_object
 
 # Text is cut into pieces by this pattern first, and merges never cross from one piece to the next:
 # contractions, words with the one character before them, numbers in threes, punctuation, white
@@ -25,6 +30,17 @@ SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_GPT2 = (
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # its encoder.py
+)
+SPLIT_PATTERNS = {
+    "llama3": SPLIT_PATTERN,
+    "qwen2": SPLIT_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}"),  # digits one by one
+    "gpt2": _GPT2,
+    # GPT-2's between the digits, which are taken out one by one first (SmolLM2): a digit is no part
+    # of another piece, and white space before one is white space at the end of what is cut.
+    "smollm": _GPT2.replace(r" ?\p{N}+", r"\p{N}").replace(r"(?!\S)", r"(?![^\s\p{N}])"),
+}
 
 # Their ids follow the last rank, in this order. Llama 3.0 called those at 4, 5, 8 and 10 reserved
 # tokens; the ids are the same, so one table serves every release.
@@ -44,6 +60,26 @@ _NAMED_SPECIAL_TOKENS = (
 SPECIAL_TOKENS = _NAMED_SPECIAL_TOKENS + tuple(
     f"<|reserved_special_token_{i}|>" for i in range(2, 2 + 256 - len(_NAMED_SPECIAL_TOKENS))
 )
+
+
+class TextFormat(NamedTuple):
+    """What a family of models has beside its vocabulary; by default, what Llama 3 has."""
+
+    special_tokens: dict[str, int]  # names and ids
+    split: str = "llama3"  # one of SPLIT_PATTERNS
+    normalization: str | None = None  # of Unicode, before text is cut: "NFC"
+    spelled: tuple[str, ...] = ()  # special tokens that stand for their own names in a text
+    begin: str | None = "<|begin_of_text|>"  # the special token at the beginning of a text
+    stop: tuple[str, ...] = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")  # end a generation
+    dialog: str | None = "llama3"  # or "chatml": how encode_dialog writes a dialog
+    system: str | None = None  # the first message of a dialog that begins without a "system"
+
+
+class Tokenizer(tiktoken.Encoding):
+    """tiktoken's Encoding, with the TextFormat of its family."""
+
+    format: TextFormat
+
 
 # tiktoken's native code fails on longer input, so Meta's tokenizer splits it, and so does `encode`.
 MAX_CHARS_PER_CALL = 400_000
@@ -86,12 +122,79 @@ def _read(path: str) -> bytes:
         raise CheckpointError(path, f"cannot be read: {one_line(error)}") from None
 
 
-def load_tokenizer(path: str | os.PathLike) -> tiktoken.Encoding:
+def make_tokenizer(name: str, ranks: dict[bytes, int], text_format: TextFormat) -> Tokenizer:
+    """A tokenizer of the tokens of text in `ranks`, and of special tokens.
+
+    A rank is the token's id too. Raises ValueError unless all ids together are 0, 1, 2, ..., any
+    text can be encoded, and no text can spell a special token.
+    """
+    special = text_format.special_tokens
+    missing_ids = set(range(len(ranks) + len(special))).difference(ranks.values(), special.values())
+    missing_bytes = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if missing_ids:
+        raise ValueError(f"rank {min(missing_ids)} is missing, so there is a gap or a duplicate")
+    if missing_bytes:
+        raise ValueError(f"{len(missing_bytes)} of the 256 single bytes are missing")
+    for token in special:
+        if token.encode() in ranks:  # or text could spell it
+            raise ValueError(f"it lists the special token {token} among those of text")
+    pattern = SPLIT_PATTERNS[text_format.split]
+    tokenizer = Tokenizer(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    tokenizer.format = text_format
+    return tokenizer
+
+
+def read_format(path: Path) -> TextFormat:
+    """The TextFormat in a tokenizer_setup.json. Raises CheckpointError."""
+    found = read_json_object(path)
+
+    def check(key: str, allow: Callable[[object], bool], expected: str) -> object:
+        value = found.get(key, TextFormat._field_defaults.get(key))
+        if not allow(value):
+            raise CheckpointError(path, f'"{key}" is {quoted(value)}, expected {expected}')
+        return value
+
+    def are_names(value: object) -> bool:
+        return isinstance(value, list | tuple) and all(isinstance(v, str) for v in value)
+
+    for key in found.keys() - set(TextFormat._fields):
+        raise CheckpointError(
+            path, f"found {quoted(key)}, expected {', '.join(TextFormat._fields)}"
+        )
+    special = check(
+        "special_tokens",
+        lambda v: (
+            isinstance(v, dict) and all(type(i) is int and 0 <= i < 2**24 for i in v.values())
+        ),
+        "the ids of special tokens by their names",
+    )
+    if len(set(special.values())) < len(special):
+        raise CheckpointError(path, '"special_tokens" has one id twice, expected one a name')
+
+    def are_special(value: object) -> bool:
+        return are_names(value) and special.keys() >= set(value)
+
+    splits = ", ".join(SPLIT_PATTERNS)
+    return TextFormat(
+        special,
+        check("split", lambda v: isinstance(v, str) and v in SPLIT_PATTERNS, f"one of {splits}"),
+        check("normalization", lambda v: v in (None, "NFC"), 'null or "NFC"'),
+        tuple(check("spelled", are_special, "a list of special tokens")),
+        check("begin", lambda v: v is None or are_special([v]), "null or a special token"),
+        tuple(check("stop", are_special, "a list of special tokens")),
+        check("dialog", lambda v: v in (None, "llama3", "chatml"), 'null, "llama3" or "chatml"'),
+        check("system", lambda v: v is None or isinstance(v, str), "null or a text"),
+    )
+
+
+def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """Build the tokenizer from a `tokenizer.model` in tiktoken's format.
 
     A line of the file is a token's bytes in base64, a space, and its rank. The ranks must be
     0, 1, 2, ... and the 256 single bytes must be among the tokens, so that any text can be encoded.
-    `path` may also be anything that blobfile opens (gs://, az://) or an http address.
+    `path` may also be anything that blobfile opens (gs://, az://) or an http address. With a
+    tokenizer_setup.json beside the file, see TextFormat, its special tokens fill the gaps between
+    the ranks or follow them; without one, Llama 3's follow.
 
     Raises CheckpointError if there is no such file or it is not a complete vocabulary.
     """
@@ -116,23 +219,15 @@ def load_tokenizer(path: str | os.PathLike) -> tiktoken.Encoding:
         if token in ranks:
             refuse(f"line {number} lists {one_line(repr(token)[1:], 60)} a second time")
         ranks[token] = rank
-
-    missing_ranks = set(range(len(ranks))).difference(ranks.values())
-    missing_bytes = [byte for byte in range(256) if bytes([byte]) not in ranks]
-    if missing_ranks:
-        refuse(f"rank {min(missing_ranks)} is missing, so there is a gap or a duplicate")
-    if missing_bytes:
-        refuse(f"{len(missing_bytes)} of the 256 single bytes are missing")
-    for name in SPECIAL_TOKENS:
-        if name.encode() in ranks:  # or text could spell it
-            refuse(f"it lists the special token {name} among those of text")
-
-    return tiktoken.Encoding(
-        name=os.path.basename(path),
-        pat_str=SPLIT_PATTERN,
-        mergeable_ranks=ranks,
-        special_tokens={name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)},
-    )
+    setup = Path(path).with_name("tokenizer_setup.json")
+    if setup.is_file():
+        text_format = read_format(setup)
+    else:
+        text_format = TextFormat({name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)})
+    try:
+        return make_tokenizer(os.path.basename(path), ranks, text_format)
+    except ValueError as error:
+        refuse(str(error))
 
 
 # --- text to tokens -------------------------------------------------------------------------------
@@ -151,71 +246,94 @@ def _split_long(text: str) -> Iterator[str]:
         yield chunk[cut:]
 
 
-def encode(tokenizer: tiktoken.Encoding, text: str, bos: bool = True) -> list[int]:
-    """Token ids of `text`, after <|begin_of_text|> if `bos`.
+def encode(tokenizer: Tokenizer, text: str, bos: bool = True) -> list[int]:
+    """Token ids of `text`, after <|begin_of_text|> if `bos`; some families begin with no token.
 
     The text is always plain text: the characters "<|eot_id|>" in it become the tokens of those
     characters, never the special token. Lone surrogates are encoded as U+FFFD.
     """
-    tokens = [tokenizer.encode_single_token("<|begin_of_text|>")] if bos else []
+    begin, spelled = tokenizer.format.begin, set(tokenizer.format.spelled)
+    tokens = [tokenizer.encode_single_token(begin)] if bos and begin else []
+    if tokenizer.format.normalization:
+        text = unicodedata.normalize(tokenizer.format.normalization, text)
     for piece in _split_long(text):
-        tokens += tokenizer.encode(piece, allowed_special=set(), disallowed_special=())
+        tokens += tokenizer.encode(piece, allowed_special=spelled, disallowed_special=())
     return tokens
 
 
-def encode_dialog(tokenizer: tiktoken.Encoding, messages: Iterable[dict[str, str]]) -> list[int]:
+def _llama3_turn(tokenizer: Tokenizer, role: str, content: str | None) -> list[int]:
+    special = tokenizer.encode_single_token
+    header = [
+        special("<|start_header_id|>"),
+        *encode(tokenizer, "ipython" if role == "tool" else role, bos=False),
+        special("<|end_header_id|>"),
+        *encode(tokenizer, "\n\n", bos=False),
+    ]
+    if content is None:
+        return header
+    return [*header, *encode(tokenizer, content, bos=False), special("<|eot_id|>")]
+
+
+def _chatml_turn(tokenizer: Tokenizer, role: str, content: str | None) -> list[int]:
+    start = [tokenizer.encode_single_token("<|im_start|>")]
+    if content is None:
+        return start + encode(tokenizer, f"{role}\n", bos=False)
+    end = tokenizer.encode_single_token("<|im_end|>")
+    turn = encode(tokenizer, f"{role}\n{content}", bos=False)
+    return [*start, *turn, end, *encode(tokenizer, "\n", bos=False)]
+
+
+def encode_dialog(tokenizer: Tokenizer, messages: Iterable[dict[str, str]]) -> list[int]:
     """Token ids of a dialog for the instruct models, up to where the assistant's answer begins.
 
-    messages: [{"role": "system" | "user" | "assistant" | "tool" | ..., "content": text}, ...]. Each
-    becomes <|start_header_id|> role <|end_header_id|> "\\n\\n" content <|eot_id|>, with "ipython"
-    for the role "tool"; role and content are plain text. The format is that of chat_format.py in
-    Meta's llama-models 0.3.0, which takes the content as it is; the older repository
-    meta-llama/llama3 stripped it of white space at both ends.
+    messages: [{"role": "system" | "user" | "assistant" | "tool" | ..., "content": text}, ...]. In
+    Llama 3's format each becomes <|start_header_id|> role <|end_header_id|> "\\n\\n" content
+    <|eot_id|>, with "ipython" for the role "tool"; role and content are plain text. That is
+    chat_format.py in Meta's llama-models 0.3.0, which takes the content as it is; the older
+    repository meta-llama/llama3 stripped it of white space at both ends. In ChatML, as Qwen2 and
+    SmolLM2 have it, it becomes <|im_start|> role "\\n" content <|im_end|> "\\n", and a dialog that
+    does not begin with a system message gets the family's own.
 
-    Raises ValueError for messages that are not of this form.
+    Raises ValueError for messages that are not of this form, and for a family without dialogs.
     """
-    special = tokenizer.encode_single_token
-
-    def header(role: str) -> list[int]:
-        return [
-            special("<|start_header_id|>"),
-            *encode(tokenizer, "ipython" if role == "tool" else role, bos=False),
-            special("<|end_header_id|>"),
-            *encode(tokenizer, "\n\n", bos=False),
-        ]
-
+    text_format = tokenizer.format
+    if text_format.dialog is None:
+        raise ValueError("this tokenizer's family has no known dialog format: use a text")
+    turn = _llama3_turn if text_format.dialog == "llama3" else _chatml_turn
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Iterable):
         found = type(messages).__name__
         raise ValueError(
             f'the dialog is a {found}, expected a list of {{"role": ..., "content": ...}}'
         )
-    tokens = [special("<|begin_of_text|>")]
+    messages = [*messages]
     for number, message in enumerate(messages, start=1):
         for key in ("role", "content"):
             if not (isinstance(message, Mapping) and isinstance(message.get(key), str)):
                 found = one_line(repr(message), 60)
                 raise ValueError(f'message {number} is {found}, expected a text as its "{key}"')
-        tokens += header(message["role"])
-        tokens += encode(tokenizer, message["content"], bos=False)
-        tokens.append(special("<|eot_id|>"))
-    return tokens + header("assistant")
+    tokens = encode(tokenizer, "")
+    if text_format.system is not None and not (messages and messages[0]["role"] == "system"):
+        tokens += turn(tokenizer, "system", text_format.system)
+    for message in messages:
+        tokens += turn(tokenizer, message["role"], message["content"])
+    return tokens + turn(tokenizer, "assistant", None)
 
 
-def special_tokens_in(text: str) -> list[str]:
+def special_tokens_in(tokenizer: Tokenizer, text: str) -> list[str]:
     """The special tokens whose names `text` spells. It is plain text all the same."""
-    return [name for name in SPECIAL_TOKENS if name in text]
+    names = tokenizer.format.special_tokens.keys() - set(tokenizer.format.spelled)
+    return sorted((name for name in names if name in text), key=text.index)
 
 
-def stop_tokens(tokenizer: tiktoken.Encoding) -> frozenset[int]:
-    """The tokens that end a generation: end of text, end of turn, end of message."""
-    names = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")
-    return frozenset(tokenizer.encode_single_token(name) for name in names)
+def stop_tokens(tokenizer: Tokenizer) -> frozenset[int]:
+    """The tokens that end a generation; of Llama 3, the ends of text, of turn and of message."""
+    return frozenset(tokenizer.encode_single_token(name) for name in tokenizer.format.stop)
 
 
 # --- tokens to text -------------------------------------------------------------------------------
 
 
-def decode_stream(tokenizer: tiktoken.Encoding, tokens: Iterable[int]) -> Iterator[str]:
+def decode_stream(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
     """The text of `tokens`, piece by piece, as they come.
 
     A token is a byte string and may end in the middle of a character: those bytes wait until the

@@ -16,7 +16,8 @@ HERE = Path(__file__).resolve().parent
 
 
 def main() -> None:
-    records = {record["size"]: record for record in json.loads((HERE / "results.json").read_text())}
+    records = json.loads((HERE / "results.json").read_text())
+    records = {(record["size"], record["processor"]): record for record in records}  # the last each
     figure, panels = plt.subplots(1, len(records), figsize=(5 * len(records), 4), squeeze=False)
     for axes, record in zip(panels[0], records.values(), strict=True):
         decode = {f: t for f, t in record["figures"].items() if f.startswith("decode")}
@@ -31,7 +32,7 @@ def main() -> None:
         ]
         axes.plot(lengths, limit, "k:", label="reading weights and cache once")
         axes.set(
-            title=f"{record['size']}, {record['dtype']}",
+            title=f"{record['size']}, {record['dtype']}\n{record['processor']}",
             xlabel="tokens in the context",
             ylabel="ms a token",
             xticks=lengths,
@@ -39,7 +40,7 @@ def main() -> None:
         )
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    figure.suptitle(f"Decoding on {next(iter(records.values()))['processor']}", fontsize=10)
+        axes.title.set_fontsize(9)
     figure.tight_layout()
     figure.savefig(HERE / "decode.png", dpi=110)
 

@@ -332,7 +332,7 @@ def test_what_was_written_stays_when_a_later_step_is_not_finite(demo_weights, de
         {"scale_rope": 8},
         {"yarn_factor": 4},
         {"original_max_position_embeddings": 4096},
-        {"head_dim": 32},
+        {"rope_dim": 32},
         {"quantization_args": {"scheme": "int4_weight_int8_dynamic_activation"}},
         {"quantization": "fp8"},
         {"n_experts": 8},
@@ -359,7 +359,7 @@ def test_a_key_that_changes_what_is_computed_is_refused_by_name(capsys, folder, 
     "change",
     [
         {"max_batch_size": 32, "max_seq_len": 2048, "model_parallel_size": 1},
-        {"head_dim": 16, "hidden_act": "silu"},
+        {"head_dim": 16, "ffn_dim": None, "hidden_act": "silu"},
         {"vision_chunk_size": -1, "vision_num_cross_attention_layers": -1},
         {"rope_scaling": None, "quantization_args": None, "lora_args": {}, "n_experts": 0},
         {"vocab_size": -1},
@@ -740,9 +740,10 @@ def test_an_error_of_a_checkpoint_knows_its_file_and_survives_pickling(tmp_path)
     assert issubclass(CheckpointError, ValueError)
 
 
-def test_special_tokens_are_found_in_text():
-    assert tokenizer_setup.special_tokens_in("a <|eot_id|> b") == ["<|eot_id|>"]
-    assert tokenizer_setup.special_tokens_in("a <|EOT_ID|> b") == []
+def test_special_tokens_are_found_in_text(demo_tokenizer):
+    found = tokenizer_setup.special_tokens_in(demo_tokenizer, "a <|eot_id|> b <|eom_id|>")
+    assert found == ["<|eot_id|>", "<|eom_id|>"]
+    assert tokenizer_setup.special_tokens_in(demo_tokenizer, "a <|EOT_ID|> b") == []
 
 
 def test_json_nested_too_deep_is_refused(folder):

@@ -135,11 +135,13 @@ POSSIBLE = {  # values that such a model may have, if not always this one
     "rope_theta": st.floats(1, 1e12) | st.integers(1, 10**6),
     "use_scaled_rope": st.booleans(),
     "rope_scaling_factor": st.floats(1, 1e6) | st.integers(1, 32),
+    "head_dim": st.sampled_from([16, None]),
+    "ffn_dim": st.sampled_from([96, None]),
+    "rope_divisors": st.lists(st.floats(1, 32), min_size=8, max_size=8),
+    "max_seq_len": st.integers(64, 10**6),
 }
 KEYS = st.one_of(
-    st.sampled_from(
-        [*llama3.PARAMS_LIMITS, "head_dim", "rope_scaling", "max_seq_len", "lora_args"]
-    ),
+    st.sampled_from([*llama3.PARAMS_LIMITS, "rope_scaling", "lora_args"]),
     st.text(max_size=9),
 )
 
@@ -161,6 +163,8 @@ def params_files(draw):
 
 def one_number(value):
     """A value of params.json or Config, so that 1 and 1.0 are equal, and True is neither."""
+    if isinstance(value, list | tuple):
+        return [float(number) for number in value]
     return value if isinstance(value, bool | None) else float(value)
 
 
@@ -174,10 +178,10 @@ def test_params(folder, content):
         params = json.loads(content)
         config = llama3.load_config(folder)
         for key, value in config._asdict().items():
-            default = {"n_kv_heads": config.n_heads} | llama3.Config._field_defaults
+            follows = {"n_kv_heads": config.n_heads, "head_dim": 16, "ffn_dim": 96}
+            follows["max_seq_len"] = 131072 if config.use_scaled_rope else 8192
+            default = llama3.Config._field_defaults | follows
             given = params.get(key) if params.get(key) is not None else default.get(key)
-            if (key, given) == ("n_kv_heads", None):
-                given = config.n_heads
             if (key, given) == ("vocab_size", -1):
                 given = PARAMS["vocab_size"]
             assert one_number(value) == one_number(given), key
