@@ -312,17 +312,23 @@ def opened_for_pytorch(path: Path) -> Iterator[tuple[str, str]]:
 # and the parts of other architectures.
 OTHER_COMPUTATION = re.compile(
     "rope|rotary|yarn|ntk|freq_factor|original_max_pos|quant|lora|adapter|expert|moe|vision|image"
-    "|cross_att|bias|qk_norm|softcap|sliding|window|alibi|head_dim|hidden_act|activation",
+    "|cross_att|bias|qk_norm|softcap|sliding|window|alibi|head_dim|hidden_act|activation"
+    "|multiplier|logits?_scal|(attention|embedding|residual).scale",
     re.IGNORECASE,
 )
 
 
 def refuse_other_computation(
-    path: Path, params: dict[str, object], known: Collection[str], same: dict[str, object]
+    path: Path,
+    params: dict[str, object],
+    known: Collection[str],
+    same: dict[str, object],
+    scaling: str = 'Meta\'s "use_scaled_rope": true and "rope_scaling_factor" in its place',
 ) -> None:
     """Raise CheckpointError for a key that changes what is computed and is not `known`.
 
     It may be there with no value, with -1, which is Meta's word for off, or with that in `same`.
+    scaling: what is expected where a key is about RoPE.
     """
     for key, value in params.items():
         off = value in (None, False, 0, -1, "", [], {}) or (key in same and value == same[key])
@@ -331,7 +337,7 @@ def refuse_other_computation(
         problem = f"{quoted(key)} is {quoted(value)}, which would change what is computed"
         expected = "a text model of the plain Llama 3 architecture, without it"
         if re.search("rope|scal|factor|yarn|ntk", key, re.IGNORECASE):
-            expected = 'Meta\'s "use_scaled_rope": true and "rope_scaling_factor" in its place'
+            expected = scaling
         raise CheckpointError(path, f"{problem} and is not known here; expected {expected}")
 
 
@@ -358,12 +364,15 @@ def check_weights(
     shapes: dict[str, tuple[int, ...]],
     types: Collection[str],
     path: str | os.PathLike,
+    origin: str = "params.json",
+    described: bool = False,
 ) -> dict[str, Any]:
     """What a checkpoint file held, if it is just the tensors of these shapes, each of a known type.
 
     An entry "rope.freqs" is left out, and output.weight may be missing, which makes it the
-    embeddings. Beside each other matrix there may be a bias. Raises CheckpointError, which names
-    `path`.
+    embeddings. Beside each other matrix there may be a bias. origin: the file that the shapes are
+    from. described: tensors on the device "meta" stand for those that are yet to be loaded. Raises
+    CheckpointError, which names `path`.
     """
 
     def refuse(problem: str) -> NoReturn:
@@ -380,10 +389,10 @@ def check_weights(
         tensor = weights.get(name)
         if tensor is None:
             refuse(f"{name} is missing, expected a tensor of shape {[*shape]}")
-        if str(getattr(tensor, "layout", None)) != "torch.strided" or tensor.is_meta:
+        if str(getattr(tensor, "layout", None)) != "torch.strided" or tensor.is_meta != described:
             refuse(f"{name} is no dense tensor, expected one of shape {[*shape]}")
         if tensor.shape != shape:
-            refuse(f"{name} has shape {[*tensor.shape]}, expected {[*shape]} from params.json")
+            refuse(f"{name} has shape {[*tensor.shape]}, expected {[*shape]} from {origin}")
         found = str(tensor.dtype).removeprefix("torch.")
         if found not in types:
             refuse(f"{name} is of type {found}, expected one of {', '.join(types)}")

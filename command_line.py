@@ -27,10 +27,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn, TextIO
 
-import tiktoken
 import torch
 from tqdm import tqdm
 
+import convert
 import llama3
 import tokenizer_setup
 from checkpoint_files import (
@@ -342,15 +342,19 @@ def check_room(
         note(f"the context of {max_seq_len} tokens has room for {room} new ones")
 
 
-def matching_tokenizer(path: str | os.PathLike, config: llama3.Config) -> tiktoken.Encoding:
-    """The tokenizer, if it is that of a model like this. Raises CheckpointError, UsageError."""
-    tokenizer = tokenizer_setup.load_tokenizer(path)
-    if tokenizer.n_vocab != config.vocab_size:
+def check_vocabulary(tokenizer: tokenizer_setup.Tokenizer, config: llama3.Config) -> None:
+    """Raise UsageError unless the tokenizer is that of a model like this.
+
+    Llama 3's has as many tokens as the model; in other families the embeddings may have more rows.
+    """
+    of_llama3 = [*tokenizer.format.special_tokens] == [*tokenizer_setup.SPECIAL_TOKENS]
+    if tokenizer.n_vocab > config.vocab_size or (
+        of_llama3 and tokenizer.n_vocab < config.vocab_size
+    ):
         raise UsageError(
             f'the tokenizer has {tokenizer.n_vocab} tokens, but "vocab_size" in params.json is '
             f"{config.vocab_size}; use the tokenizer.model that came with the weights"
         )
-    return tokenizer
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -417,9 +421,22 @@ def check_file(ckpt_dir: Path) -> None:
         )
 
 
+def bytes_of_weights(
+    weights: llama3.Weights, device: torch.device, dtype: torch.dtype, copied: int = 0
+) -> int:
+    """The memory that the weights take on a device; `copied`: bytes that are not mapped on the CPU.
+
+    There those that are mapped need none of their own: they are dropped and read again.
+    """
+    if device.type == "cpu":
+        return copied
+    distinct = {weight.data_ptr() or id(weight): weight.numel() for weight in weights.values()}
+    return sum(distinct.values()) * dtype.itemsize
+
+
 def check_memory(
     config: llama3.Config,
-    weights: llama3.Weights,
+    weights_bytes: int,
     device: torch.device,
     dtype: torch.dtype,
     prompt_tokens: int,
@@ -427,13 +444,8 @@ def check_memory(
 ) -> None:
     """Raise UsageError if the model and the prompt need more memory than is free.
 
-    Notes if the completion may. On the CPU weights need none of their own: those that are mapped
-    are dropped and read again, and those that are not are in memory already.
+    Notes if the completion may.
     """
-    weights_bytes = 0
-    if device.type != "cpu":
-        distinct = {weight.data_ptr(): weight.numel() for weight in weights.values()}
-        weights_bytes = sum(distinct.values()) * dtype.itemsize
 
     def needed(prompt: int, new: int) -> dict[str, float]:
         return bytes_needed(config, weights_bytes, dtype.itemsize, prompt, new)
@@ -553,20 +565,38 @@ def run(args: argparse.Namespace) -> int:
     device = choose_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
-    check_file(ckpt_dir)
-    config = llama3.load_config(ckpt_dir)
-    tokenizer = matching_tokenizer(args.tokenizer or ckpt_dir / "tokenizer.model", config)
+    source = convert.open_source(ckpt_dir) if convert.is_source(ckpt_dir) else None
+    if source:
+        note(f"found in {ckpt_dir}: {source.found}")
+        config, described, copied = source.config, source.described, source.copied_bytes()
+    else:
+        check_file(ckpt_dir)
+        config, copied = llama3.load_config(ckpt_dir), 0
+    if source and not args.tokenizer:
+        tokenizer = source.tokenizer()
+    else:
+        tokenizer = tokenizer_setup.load_tokenizer(args.tokenizer or ckpt_dir / "tokenizer.model")
+    check_vocabulary(tokenizer, config)
     spelled = tokenizer_setup.special_tokens_in(tokenizer, prompt)
     if spelled:
         note(f"the prompt is plain text, in which {spelled[0]} is no special token")
     prompt_tokens = tokenizer_setup.encode(tokenizer, prompt)
+    if not prompt_tokens:
+        raise UsageError("the prompt is empty, and this model has no token that begins a text")
     max_seq_len = args.max_seq_len or config.max_seq_len
     check_room(len(prompt_tokens), args.max_new_tokens, max_seq_len, config)
     n_new = min(args.max_new_tokens, max_seq_len - len(prompt_tokens))
-    weights = llama3.map_weights(ckpt_dir, config)
-    dtype = llama3.DTYPES.get(args.dtype) or llama3.default_dtype(weights, device)
-    check_memory(config, weights, device, dtype, len(prompt_tokens), n_new)
-    weights = llama3.place_weights(weights, device, dtype, bar("loading", "tensors", delay=0.5))
+    if not source:
+        weights = described = llama3.map_weights(ckpt_dir, config)
+    dtype = llama3.DTYPES.get(args.dtype) or llama3.default_dtype(described, device)
+    weights_bytes = bytes_of_weights(described, device, dtype, copied)
+    check_memory(config, weights_bytes, device, dtype, len(prompt_tokens), n_new)
+    loading = bar("loading", "tensors", delay=0.5)
+    if source:
+        weights = source.weights(loading)
+    weights = llama3.place_weights(weights, device, dtype, loading)
+    # Rows beyond the tokenizer's vocabulary stand for nothing: they are not to be chosen.
+    weights["output.weight"] = weights["output.weight"][: tokenizer.n_vocab]
     if args.compile or (args.compile is None and worth_compiling(weights, device)):
         weights = compiled(weights)
     load_s = time.perf_counter() - start

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+import regex  # tiktoken's own
 import tiktoken
 from tiktoken.load import read_file as read_remote
 
@@ -73,12 +74,14 @@ class TextFormat(NamedTuple):
     stop: tuple[str, ...] = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")  # end a generation
     dialog: str | None = "llama3"  # or "chatml": how encode_dialog writes a dialog
     system: str | None = None  # the first message of a dialog that begins without a "system"
+    unknown: str | None = None  # special token for bytes that are no tokens; "": they are left out
 
 
 class Tokenizer(tiktoken.Encoding):
     """tiktoken's Encoding, with the TextFormat of its family."""
 
     format: TextFormat
+    n_vocab: int = 0  # beyond are only placeholders for bytes that are no tokens, see `encode`
 
 
 # tiktoken's native code fails on longer input, so Meta's tokenizer splits it, and so does `encode`.
@@ -128,19 +131,24 @@ def make_tokenizer(name: str, ranks: dict[bytes, int], text_format: TextFormat) 
     A rank is the token's id too. Raises ValueError unless all ids together are 0, 1, 2, ..., any
     text can be encoded, and no text can spell a special token.
     """
-    special = text_format.special_tokens
-    missing_ids = set(range(len(ranks) + len(special))).difference(ranks.values(), special.values())
+    special, n_vocab = text_format.special_tokens, len(ranks) + len(text_format.special_tokens)
+    missing_ids = set(range(n_vocab)).difference(ranks.values(), special.values())
     missing_bytes = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing_ids:
         raise ValueError(f"rank {min(missing_ids)} is missing, so there is a gap or a duplicate")
-    if missing_bytes:
+    if missing_bytes and text_format.unknown is None:
         raise ValueError(f"{len(missing_bytes)} of the 256 single bytes are missing")
     for token in special:
         if token.encode() in ranks:  # or text could spell it
             raise ValueError(f"it lists the special token {token} among those of text")
-    pattern = SPLIT_PATTERNS[text_format.split]
-    tokenizer = Tokenizer(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-    tokenizer.format = text_format
+    placeholders = {bytes([byte]): n_vocab + i for i, byte in enumerate(missing_bytes)}
+    tokenizer = Tokenizer(
+        name,
+        pat_str=SPLIT_PATTERNS[text_format.split],
+        mergeable_ranks=ranks | placeholders,
+        special_tokens=special,
+    )
+    tokenizer.format, tokenizer.n_vocab = text_format, n_vocab
     return tokenizer
 
 
@@ -184,6 +192,7 @@ def read_format(path: Path) -> TextFormat:
         tuple(check("stop", are_special, "a list of special tokens")),
         check("dialog", lambda v: v in (None, "llama3", "chatml"), 'null, "llama3" or "chatml"'),
         check("system", lambda v: v is None or isinstance(v, str), "null or a text"),
+        check("unknown", lambda v: v in (None, "") or are_special([v]), "null or a special token"),
     )
 
 
@@ -246,6 +255,23 @@ def _split_long(text: str) -> Iterator[str]:
         yield chunk[cut:]
 
 
+def _encode_known_bytes(tokenizer: Tokenizer, text: str) -> Iterator[int]:
+    """Token ids of `text` without the bytes that are no tokens; what is around them may merge."""
+    unknown = [
+        tokenizer.decode_single_token_bytes(i)
+        for i in range(tokenizer.n_vocab, tokenizer.max_token_value + 1)
+    ]
+    names = tokenizer.format.spelled
+    for part in re.split("({})".format("|".join(map(re.escape, names)) or "(?!)"), text):
+        if part in names:
+            yield tokenizer.encode_single_token(part)
+            continue
+        for piece in regex.findall(SPLIT_PATTERNS[tokenizer.format.split], part or ""):
+            known = piece.encode(errors="replace").translate(None, b"".join(unknown))
+            if known:
+                yield from tokenizer._encode_single_piece(known)
+
+
 def encode(tokenizer: Tokenizer, text: str, bos: bool = True) -> list[int]:
     """Token ids of `text`, after <|begin_of_text|> if `bos`; some families begin with no token.
 
@@ -257,7 +283,15 @@ def encode(tokenizer: Tokenizer, text: str, bos: bool = True) -> list[int]:
     if tokenizer.format.normalization:
         text = unicodedata.normalize(tokenizer.format.normalization, text)
     for piece in _split_long(text):
-        tokens += tokenizer.encode(piece, allowed_special=spelled, disallowed_special=())
+        new = tokenizer.encode(piece, allowed_special=spelled, disallowed_special=())
+        if max(new, default=0) >= tokenizer.n_vocab:  # bytes that are no tokens
+            unknown = tokenizer.format.unknown
+            if unknown:
+                stand_in = tokenizer.encode_single_token(unknown)
+                new = [token if token < tokenizer.n_vocab else stand_in for token in new]
+            else:
+                new = _encode_known_bytes(tokenizer, piece)
+        tokens += new
     return tokens
 
 

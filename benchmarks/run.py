@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+import convert  # noqa: E402
 import llama3  # noqa: E402
 
 ROPE = {"norm_eps": 1e-05, "rope_theta": 500000.0}
@@ -168,26 +169,9 @@ def write_gguf(folder: Path, config: llama3.Config) -> Path:
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("none")
-    names = {
-        "attention.wq": "attn_q",
-        "attention.wk": "attn_k",
-        "attention.wv": "attn_v",
-        "attention.wo": "attn_output",
-        "feed_forward.w1": "ffn_gate",
-        "feed_forward.w2": "ffn_down",
-        "feed_forward.w3": "ffn_up",
-        "attention_norm": "attn_norm",
-        "ffn_norm": "ffn_norm",
-        "tok_embeddings": "token_embd",
-        "norm": "output_norm",
-        "output": "output",
-    }
     bf16 = gguf.GGMLQuantizationType.BF16
     for name, weight in llama3.map_weights(folder, config).items():
-        kind = name.removesuffix(".weight")
-        layer = re.match(r"layers\.(\d+)\.", kind)
-        kind = names[kind[layer.end() :] if layer else kind]
-        kind = f"blk.{layer[1]}.{kind}.weight" if layer else f"{kind}.weight"
+        kind = convert.renamed(name, convert.GGUF_NAMES, "layers", "blk")
         if weight.dim() == 1:
             writer.add_tensor(kind, weight.float().numpy())
         else:

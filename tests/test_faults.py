@@ -433,10 +433,15 @@ def test_a_device_of_its_own_must_hold_the_weights(demo_config, demo_weights, mo
     tied = demo_weights | {"output.weight": demo_weights["tok_embeddings.weight"]}
     size = sum(weight.numel() for weight in demo_weights.values()) - 1280 * 128
     monkeypatch.setattr(command_line, "free_bytes", lambda device: 4.0 * size)
-    arguments = demo_config, tied, torch.device("cuda")
+    cuda = torch.device("cuda")
+
+    def check(dtype):
+        needed = command_line.bytes_of_weights(tied, cuda, dtype)
+        command_line.check_memory(demo_config, needed, cuda, dtype, 9, 1)
+
     with pytest.raises(command_line.UsageError, match=r"weights 4 MB.* or --dtype bfloat16"):
-        command_line.check_memory(*arguments, torch.float32, 9, 1)
-    command_line.check_memory(*arguments, torch.bfloat16, 9, 1)
+        check(torch.float32)
+    check(torch.bfloat16)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")

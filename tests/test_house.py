@@ -19,7 +19,8 @@ MAY_IMPORT = {  # of the project's own files; everything else may import any of 
     "checkpoint_files": set(),
     "tokenizer_setup": {"checkpoint_files"},
     "llama3": {"checkpoint_files"},
-    "command_line": {"checkpoint_files", "tokenizer_setup", "llama3"},
+    "convert": {"checkpoint_files", "tokenizer_setup", "llama3"},
+    "command_line": {"checkpoint_files", "tokenizer_setup", "llama3", "convert"},
 }
 
 

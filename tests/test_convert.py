@@ -1,0 +1,449 @@
+"""Hugging Face folders and GGUF files, run as they are and converted, against transformers."""
+# ruff: noqa: RUF001 (texts of many scripts)
+
+import json
+import os
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import apart, config_of, random_weights
+
+import convert
+import llama3
+import tokenizer_setup
+
+SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+SCALING = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 6.0,
+    "low_freq_factor": 1.5,
+    "high_freq_factor": 3.0,
+    "original_max_position_embeddings": 32,
+}
+METAS_SCALING = SCALING | {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+METAS_SCALING |= {"original_max_position_embeddings": 8192, "rope_theta": 500000.0}
+MODELS = {
+    "llama": ("Llama", {}),
+    "scaled": ("Llama", {"rope_parameters": SCALING}),
+    "scaled as Meta's": ("Llama", {"rope_parameters": METAS_SCALING}),
+    "tied": ("Llama", {"tie_word_embeddings": True}),
+    "biased, as InternLM": ("Llama", {"attention_bias": True}),
+    "biases everywhere": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "head_dim": ("Llama", {"head_dim": 24, "num_key_value_heads": 4}),
+    "heads that do not divide": (
+        "Llama",
+        {"head_dim": 16, "hidden_size": 72, "num_attention_heads": 6},
+    ),
+    "qwen2": ("Qwen2", {}),
+    "qwen2, tied": ("Qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
+}
+
+
+def made(kind, dtype=torch.float32):
+    """A model of transformers, with weights and biases as wide as trained ones."""
+    family, more = MODELS[kind]
+    config = getattr(transformers, f"{family}Config")(**SIZES | more)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            if weight.dim() == 2:
+                weight.copy_(noise if "embed" in name else noise * weight.shape[1] ** -0.5)
+            else:
+                weight.copy_(noise if "bias" in name else 1 + 0.1 * noise)
+    return model.to(dtype)
+
+
+def saved(folder, model, sharded=False):
+    model.save_pretrained(folder, max_shard_size="60KB" if sharded else "5GB")
+    assert len([*folder.glob("*.safetensors")]) == 1 or sharded
+    return folder
+
+
+def loaded(source, dtype=torch.float32):
+    return llama3.place_weights(source.weights(), torch.device("cpu"), dtype)
+
+
+TOKENS = torch.randint(0, 320, (60,), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def theirs(model, tokens=TOKENS):
+    return model(tokens[None]).logits[0].float()
+
+
+# --- Hugging Face ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["one file", "several"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_logits_of_a_hugging_face_folder_equal_those_of_transformers(tmp_path, kind, sharded):
+    model = made(kind)
+    source = convert.open_source(saved(tmp_path / "hf", model, sharded))
+    weights = loaded(source)
+    assert apart(llama3.forward(TOKENS, weights, source.config), theirs(model)) < 1e-4
+    convert.to_meta(
+        convert.open_source(tmp_path / "hf", keep=False), tmp_path / "meta", tokenizer=False
+    )
+    assert sorted(os.listdir(tmp_path)) == ["hf", "meta"]
+    config = llama3.load_config(tmp_path / "meta")
+    assert config == source.config
+    converted = llama3.load_weights(tmp_path / "meta", config)
+    assert converted.keys() == weights.keys()
+    assert all(torch.equal(converted[name], weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_greedy_tokens_equal_those_of_transformers(tmp_path, kind):
+    model = made(kind)
+    source = convert.open_source(saved(tmp_path, model))
+    ours = llama3.generate(TOKENS[:9], loaded(source), source.config, max_new_tokens=50)
+    expected = model.generate(
+        TOKENS[None, :9], max_new_tokens=50, do_sample=False, pad_token_id=0, eos_token_id=None
+    )
+    assert [*ours] == expected[0, 9:].tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_keep_their_type(tmp_path, dtype):
+    model = made("qwen2", dtype)
+    saved(tmp_path / "hf", model)
+    source = convert.open_source(tmp_path / "hf")
+    state = model.state_dict()
+    weights = source.weights()
+    assert {weight.dtype for weight in weights.values()} == {dtype}
+    assert torch.equal(
+        weights["layers.1.feed_forward.w2.weight"], state["model.layers.1.mlp.down_proj.weight"]
+    )
+    logits = llama3.forward(TOKENS, loaded(source), source.config)
+    again = type(model).from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
+    assert apart(logits, theirs(again)) < 1e-4
+    status = convert.main([str(tmp_path / "hf"), str(tmp_path / "meta"), "--no-tokenizer"])
+    assert status == 0
+    converted = llama3.map_weights(tmp_path / "meta", llama3.load_config(tmp_path / "meta"))
+    assert all(torch.equal(converted[name], weights[name]) for name in weights)
+    assert {weight.dtype for weight in converted.values()} == {dtype}
+
+
+def test_older_files_and_names_are_read(tmp_path):
+    """pytorch_model.bin, one or several, tensors without "model.", and inv_freq in them."""
+    model = made("llama")
+    expected = theirs(model)
+    model.config.save_pretrained(tmp_path)
+    state = {name.removeprefix("model."): t for name, t in model.state_dict().items()}
+    state["layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    source = convert.open_source(tmp_path)
+    assert apart(llama3.forward(TOKENS, loaded(source), source.config), expected) < 1e-4
+    names = [*state]
+    places = {name: f"pytorch_model-{i % 2}.bin" for i, name in enumerate(names)}
+    for file in set(places.values()):
+        part = {name: state[name].clone() for name in names if places[name] == file}
+        torch.save(part, tmp_path / file)
+    (tmp_path / "pytorch_model.bin").unlink()
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+    source = convert.open_source(tmp_path)
+    assert apart(llama3.forward(TOKENS, loaded(source), source.config), expected) < 1e-4
+
+
+def test_what_metas_formulas_give_is_not_spelled_out():
+    """The published sizes: their params.json is Meta's own."""
+    for dim, heads, ffn_dim, formula in [
+        (2048, 32, 8192, {"multiple_of": 256, "ffn_dim_multiplier": 1.5}),
+        (3072, 24, 8192, {"multiple_of": 256}),
+        (4096, 32, 14336, {"multiple_of": 1024, "ffn_dim_multiplier": 1.3}),
+        (8192, 64, 28672, {"multiple_of": 4096, "ffn_dim_multiplier": 1.3}),
+        (16384, 128, 53248, {"multiple_of": 4096, "ffn_dim_multiplier": 1.2}),
+        (896, 14, 4864, {"multiple_of": 256, "ffn_dim": 4864}),
+    ]:
+        config = {
+            "model_type": "llama",
+            "hidden_size": dim,
+            "intermediate_size": ffn_dim,
+            "num_hidden_layers": 1,
+            "num_attention_heads": heads,
+            "num_key_value_heads": 2,
+            "vocab_size": 300,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 5e5,
+            "max_position_embeddings": 131072,
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+        }
+        params, _ = convert.hf_params(Path("config.json"), config)
+        expected = {"dim": dim, "n_layers": 1, "n_heads": heads, "n_kv_heads": 2, "vocab_size": 300}
+        expected |= {"norm_eps": 1e-5, "rope_theta": 5e5} | formula
+        assert params == expected | {"use_scaled_rope": True, "rope_scaling_factor": 8.0}
+        made_of = llama3.make_config(params, Path("params.json"))
+        assert (made_of.ffn_dim, made_of.max_seq_len) == (ffn_dim, 131072)
+
+
+# --- GGUF -----------------------------------------------------------------------------------------
+
+CONTENT = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "Q8_0": None,
+    "Q4_K": None,
+}
+
+
+def in_blocks(weight, kind):
+    """A weight quantized by the gguf package, or random blocks of Q4_K, which it cannot make."""
+    kind = gguf.GGMLQuantizationType[kind]
+    if kind.name != "Q4_K":
+        return gguf.quants.quantize(weight.float().numpy(), kind)
+    random = np.random.default_rng(weight.numel())
+    n = weight.numel() // 256
+    scales = (random.random((n, 2)) * 0.01).astype(np.float16).view(np.uint8)
+    rest = random.integers(0, 256, (n, 140), dtype=np.uint8)
+    return np.concatenate([scales, rest], axis=1).reshape(weight.shape[0], -1)
+
+
+def write_gguf(path, weights, config, kind="F32", family="llama", change=None, tokens=None):
+    """Meta's weights as llama.cpp's converter writes them."""
+    writer = gguf.GGUFWriter(path, family)
+    writer.add_block_count(config.n_layers)
+    writer.add_context_length(256)
+    writer.add_embedding_length(config.dim)
+    writer.add_feed_forward_length(config.ffn_dim)
+    writer.add_head_count(config.n_heads)
+    writer.add_head_count_kv(config.n_kv_heads)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    if family == "llama":
+        writer.add_rope_dimension_count(config.head_dim)
+    for key, add in (change or {}).items():
+        getattr(writer, key)(*add)
+    if tokens:
+        writer.add_tokenizer_model("gpt2")
+        tokens(writer)
+    else:
+        writer.add_tokenizer_model("none")
+    for name, weight in weights.items():
+        there = convert.renamed(name, convert.GGUF_NAMES, "layers", "blk")
+        if weight.dim() == 1 or kind == "F32":
+            writer.add_tensor(there, weight.float().numpy())
+        elif kind == "F16":
+            writer.add_tensor(there, weight.half().numpy())
+        else:
+            blocks = in_blocks(weight, kind)
+            writer.add_tensor(there, blocks, raw_dtype=gguf.GGMLQuantizationType[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("kind", CONTENT)
+def test_logits_of_a_gguf_file_equal_those_of_transformers(tmp_path, kind):
+    config = config_of(
+        tmp_path, dim=256, n_heads=8, multiple_of=256, vocab_size=320, rope_theta=1e4
+    )
+    path = write_gguf(tmp_path / "model.gguf", random_weights(config), config, kind)
+    source = convert.open_source(path)
+    assert source.config == config._replace(max_seq_len=256)
+    weights = source.weights()
+    stored = CONTENT[kind] or torch.bfloat16
+    assert {w.dtype for w in weights.values() if w.dim() == 2} == {stored}
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="model.gguf", dtype=torch.float32
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # quantized weights are rounded to bfloat16 here
+            parameter.copy_(parameter.to(stored if parameter.dim() == 2 else torch.float32))
+    assert apart(llama3.forward(TOKENS, loaded(source), source.config), theirs(model)) < 1e-4
+    convert.to_meta(convert.open_source(path, keep=False), tmp_path / "meta", tokenizer=False)
+    converted = llama3.map_weights(tmp_path / "meta", llama3.load_config(tmp_path / "meta"))
+    assert all(torch.equal(converted[name], weights[name]) for name in weights)
+
+
+def test_a_folder_with_one_gguf_file_will_do(tmp_path):
+    config = config_of(tmp_path)
+    (tmp_path / "params.json").unlink()
+    write_gguf(tmp_path / "any name.gguf", random_weights(config), config)
+    assert convert.is_source(tmp_path)
+    assert convert.open_source(tmp_path).config.dim == config.dim
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen2, tied"])
+def test_gguf_has_hugging_faces_order_for_qwen2(tmp_path, kind):
+    """And biases. transformers reads it so, too."""
+    model = made(kind)
+    source = convert.open_source(saved(tmp_path / "hf", model))
+    weights = source.weights()
+    if "tied" in kind:
+        del weights["output.weight"]
+    for name in [*weights]:
+        if "attention.wq" in name or "attention.wk" in name:
+            weights[name] = convert.pairs_half_a_head_apart(weights[name], source.config.head_dim)
+    path = write_gguf(tmp_path / "model.gguf", weights, source.config, family="qwen2")
+    again = convert.open_source(path)
+    assert again.config == source.config
+    assert apart(llama3.forward(TOKENS, loaded(again), again.config), theirs(model)) < 1e-4
+    read = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="model.gguf", dtype=torch.float32
+    ).eval()
+    assert apart(theirs(read), theirs(model)) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["scaled", "scaled as Meta's"])
+def test_rope_freqs_of_a_gguf_file_are_obeyed(tmp_path, kind):
+    """llama.cpp's converter writes what each frequency is divided by."""
+    model = made(kind)
+    source = convert.open_source(saved(tmp_path / "hf", model))
+    plain = transformers.LlamaConfig(**SIZES | {"rope_parameters": {"rope_type": "default"}})
+    plain.rope_parameters["rope_theta"] = model.config.rope_parameters["rope_theta"]
+    inv_freq = model.model.rotary_emb.inv_freq
+    unscaled = transformers.LlamaForCausalLM(plain).model.rotary_emb.inv_freq
+    divisors = (unscaled / inv_freq).numpy()
+    assert divisors.max() > 5
+    change = {"add_tensor": ("rope_freqs.weight", divisors)}
+    path = write_gguf(tmp_path / "model.gguf", source.weights(), source.config, change=change)
+    again = convert.open_source(path)
+    assert again.config.use_scaled_rope == (kind == "scaled as Meta's")
+    assert torch.allclose(llama3.rope_frequencies(again.config), inv_freq, rtol=1e-5)
+    assert apart(llama3.forward(TOKENS, loaded(again), again.config), theirs(model)) < 1e-4
+
+
+# --- tokenizers -----------------------------------------------------------------------------------
+
+
+def texts():
+    """Some hundred strings: scripts, code, white space, and random characters of many blocks."""
+    fixed = [
+        "Hello, world! It's 2026: I'd say we'll've DONE 1234567 things\u2026",
+        "Straße, naïve café, e\u0301 and \u00e9, Å and A\u030a",
+        "你好，世界。今天是2026年11月25日。日本語テキスト、한국어 문장",
+        "Привет, мир! Γειά σου Κόσμε. שלום עולם. مرحبا بالعالم ١٢٣",
+        "नमस्ते दुनिया १२३, สวัสดีชาวโลก, Ⅻ ½ ²³ ① 𝟘",
+        "def f(x):\n\treturn {k: v for k, v in x.items() if v >= 0x1F}  # done\r\n\r\n",
+        'for (int i = 0; i < 10; ++i) { a[i] += i*2; }\n\n\n    <div class="x">&nbsp;</div>',
+        "   leading, trailing   ",
+        "\n",
+        " ",
+        "\t\t x",
+        "a\u00a0b\u2003c\u3000d\u0085e\u200bf",
+        "",
+        "👩‍👩‍👧‍👦 🇩🇪 🧑🏽‍🚀 \u0000\u0001\u007f",
+        "x" * 300,
+        "1" * 50,
+        " " * 70,
+        "\n \n  \n   12 \n",
+        "'s 'S 't 'RE don't DON'T 'llama",
+        "a  1",
+        "7 8  9   10",
+        "€100, 50%, #1 @me $x_y-z",
+    ]
+    random = np.random.default_rng(0)
+    blocks = [(32, 127), (160, 592), (880, 1424), (1424, 1792), (2304, 2432), (3584, 3712)]
+    blocks += [(8192, 8304), (12288, 12544), (19968, 20480), (44032, 44544), (127744, 128512)]
+    for _ in range(300):
+        parts = []
+        for _ in range(random.integers(1, 6)):
+            low, high = blocks[random.integers(len(blocks))]
+            parts.append("".join(map(chr, random.integers(low, high, random.integers(1, 9)))))
+        fixed.append(random.choice([" ", "", "\n", "  "]).join(parts))
+    return fixed
+
+
+def trained(split):
+    """A byte-level tokenizer that the tokenizers package trains, as a family has it."""
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        processors,
+        trainers,
+    )
+    from tokenizers import pre_tokenizers as pre
+
+    tokenizer = Tokenizer(models.BPE(ignore_merges=split == "llama3"))
+    by_bytes = pre.ByteLevel(add_prefix_space=False, use_regex=split in ("gpt2", "smollm"))
+    pattern = tokenizer_setup.SPLIT_PATTERNS[split]
+    tokenizer.pre_tokenizer = {
+        "gpt2": by_bytes,
+        "smollm": pre.Sequence([pre.Digits(individual_digits=True), by_bytes]),
+    }.get(split) or pre.Sequence([pre.Split(Regex(pattern), "isolated"), by_bytes])
+    if split == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|im_start|>", "<|im_end|>"] if split != "llama3" else ["<|begin_of_text|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=900,
+        special_tokens=special,
+        initial_alphabet=pre.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts(), trainer)
+    if split == "llama3":
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)]
+        )
+    if split == "qwen2":
+        tokenizer.add_tokens([AddedToken("<tool_call>", special=False, normalized=False)])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@pytest.mark.parametrize("split", tokenizer_setup.SPLIT_PATTERNS)
+def test_token_ids_equal_those_of_transformers(tmp_path, split):
+    expected = trained(split)
+    expected.save_pretrained(tmp_path)
+    vocabulary = convert.hf_vocabulary(tmp_path)
+    assert vocabulary.text_format.split == split
+    direct = tokenizer_setup.make_tokenizer("", *vocabulary)
+    convert.write_vocabulary(tmp_path, vocabulary)
+    written = tokenizer_setup.load_tokenizer(tmp_path / "tokenizer.model")
+    assert written.format == direct.format
+    assert written.n_vocab == len(expected)
+    for text in [*texts(), "a<tool_call>b"]:
+        ids = expected(text)["input_ids"]
+        assert tokenizer_setup.encode(written, text) == ids, text
+        assert tokenizer_setup.encode(direct, text) == ids, text
+    assert ("<tool_call>" in written.format.spelled) == (split == "qwen2")
+
+
+def test_bytes_that_are_no_tokens_are_left_out_as_transformers_does(tmp_path):
+    from tokenizers import Tokenizer, models, trainers
+    from tokenizers import pre_tokenizers as pre
+
+    for unknown in (None, "[UNK]"):
+        tokenizer = Tokenizer(models.BPE(unk_token=unknown))
+        tokenizer.pre_tokenizer = pre.ByteLevel(add_prefix_space=False)
+        special = [unknown] if unknown else []
+        trainer = trainers.BpeTrainer(vocab_size=120, special_tokens=special, show_progress=False)
+        tokenizer.train_from_iterator(texts()[:3], trainer)
+        expected = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+        expected.save_pretrained(tmp_path)
+        ours = tokenizer_setup.make_tokenizer("", *convert.hf_vocabulary(tmp_path))
+        assert ours.n_vocab == len(expected)
+        for text in texts():
+            assert tokenizer_setup.encode(ours, text) == expected(text)["input_ids"], text
