@@ -3,6 +3,8 @@
 
 import json
 import os
+import sys
+import zipfile
 from pathlib import Path
 
 import gguf
@@ -10,11 +12,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import apart, config_of, random_weights
+from conftest import DEMO, ROOT, apart, config_of, peak_of, random_weights
+from safetensors.torch import save_file
 
+import command_line
 import convert
 import llama3
 import tokenizer_setup
+from checkpoint_files import CheckpointError
 
 SIZES = {
     "vocab_size": 320,
@@ -447,3 +452,246 @@ def test_bytes_that_are_no_tokens_are_left_out_as_transformers_does(tmp_path):
         assert ours.n_vocab == len(expected)
         for text in texts():
             assert tokenizer_setup.encode(ours, text) == expected(text)["input_ids"], text
+
+
+def test_metas_tokenizer_comes_back_byte_for_byte(tmp_path, meta_tokenizer):
+    """From the tokenizer.json that transformers' own converter makes of it."""
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    path = ROOT.parent / "shared" / "llama3" / "tokenizer.model"
+    converter = TikTokenConverter(
+        vocab_file=str(path),
+        pattern=tokenizer_setup.SPLIT_PATTERN,
+        extra_special_tokens=[*tokenizer_setup.SPECIAL_TOKENS],
+    )
+    converter.converted().save(str(tmp_path / "tokenizer.json"))
+    theirs = json.loads((tmp_path / "tokenizer.json").read_text())
+    ranks = {meta_tokenizer.decode_single_token_bytes(i): i for i in range(128000)}
+    ours = convert.hf_tokenizer(ranks, meta_tokenizer.format.special_tokens)
+    for part in ("model", "pre_tokenizer", "added_tokens"):
+        assert theirs[part] == ours[part]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(ours))
+    vocabulary = convert.hf_vocabulary(tmp_path)
+    assert vocabulary == (ranks, None)  # Llama 3's own
+    convert.write_vocabulary(tmp_path, vocabulary)
+    assert (tmp_path / "tokenizer.model").read_bytes() == path.read_bytes()
+    assert not (tmp_path / "tokenizer_setup.json").exists()
+
+
+# --- and back -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported") / "demo"
+    assert convert.main(["--to-hf", str(DEMO), str(folder)]) == 0
+    return folder
+
+
+def test_the_demo_says_the_same_in_transformers(exported, demo_tokenizer, demo_config):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
+    model = transformers.AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
+    for text in texts():
+        assert tokenizer(text)["input_ids"] == tokenizer_setup.encode(demo_tokenizer, text), text
+    weights = llama3.load_weights(DEMO, demo_config, dtype=torch.float32)
+    stop = tokenizer_setup.stop_tokens(demo_tokenizer)
+    for prompt in ("17 plus 8 is ", "the capital of France is", "Once upon a time"):
+        ids = tokenizer_setup.encode(demo_tokenizer, prompt)
+        found = model.generate(torch.tensor([ids]), max_new_tokens=40, do_sample=False)[0].tolist()
+        found = found[len(ids) :]
+        found = found[:-1] if found[-1] in stop else found
+        ours = llama3.generate(ids, weights, demo_config, max_new_tokens=40, stop_tokens=stop)
+        assert found == [*ours]
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": " What is the capital of Japan?\n"},
+        {"role": "assistant", "content": "Tokyo."},
+        {"role": "tool", "content": "{}"},
+    ]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert ids == tokenizer_setup.encode_dialog(demo_tokenizer, messages)
+
+
+def test_there_and_back_is_the_same_to_the_bit(tmp_path, exported, demo_config):
+    convert.to_meta(convert.open_source(exported, keep=False), tmp_path / "meta")
+    config = llama3.load_config(tmp_path / "meta")
+    formula = {"multiple_of": config.multiple_of, "ffn_dim_multiplier": config.ffn_dim_multiplier}
+    assert config == demo_config._replace(**formula)
+    there, back = (llama3.map_weights(folder, demo_config) for folder in (DEMO, tmp_path / "meta"))
+    assert all(torch.equal(there[name], back[name]) for name in there)
+    again = (tmp_path / "meta" / "tokenizer.model").read_bytes()
+    assert again == (DEMO / "tokenizer.model").read_bytes()
+    assert sorted(os.listdir(tmp_path / "meta")) == sorted(
+        ["consolidated.00.pth", "params.json", "tokenizer.model"]
+    )
+
+
+@pytest.mark.parametrize("kind", ["scaled as Meta's", "tied", "biased, as InternLM", "head_dim"])
+def test_models_of_other_sizes_go_there_and_back(tmp_path, kind, monkeypatch):
+    model = made(kind)
+    source = convert.open_source(saved(tmp_path / "hf", model))
+    convert.to_meta(source, tmp_path / "meta", tokenizer=False)
+    monkeypatch.setattr(convert, "SHARD_BYTES", 50_000)
+    convert.to_hf(tmp_path / "meta", tmp_path / "back", tokenizer=False)
+    assert len([*(tmp_path / "back").glob("*.safetensors")]) > 2
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    assert again.dtype == torch.float32
+    assert torch.equal(theirs(again), theirs(model))
+    assert convert.open_source(tmp_path / "back").params == source.params
+
+
+@pytest.mark.parametrize("kind", ["scaled", "qwen2"])
+def test_what_hugging_faces_llama_does_not_have_is_not_exported(tmp_path, kind):
+    source = convert.open_source(saved(tmp_path / "hf", made(kind)))
+    convert.to_meta(source, tmp_path / "meta", tokenizer=False)
+    with pytest.raises(CheckpointError, match=r"rope_divisors|attention\.wk"):
+        convert.to_hf(tmp_path / "meta", tmp_path / "back", tokenizer=False)
+    assert sorted(os.listdir(tmp_path)) == ["hf", "meta"]
+
+
+# --- the commands ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A Hugging Face folder whose embeddings have rows that stand for no token, the likeliest."""
+    config = transformers.Qwen2Config(**SIZES | {"vocab_size": 960})
+    model = transformers.Qwen2ForCausalLM(config)
+    with torch.no_grad():
+        model.lm_head.weight[901:] *= 100
+    saved(tmp_path / "hf", model.to(torch.bfloat16))
+    trained("qwen2").save_pretrained(tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+def said(capfd, status, function, *arguments):
+    """What a command wrote to standard output and to standard error."""
+    assert function([*map(str, arguments)]) == status
+    return capfd.readouterr()
+
+
+def test_a_folder_is_run_as_it_is_and_converted(tmp_path, folder, capfd):
+    prompt = ["--prompt", "Hello, 12", "--max-new-tokens", "8", "--dtype", "float32"]
+    capfd.readouterr()
+    out, err = said(capfd, 0, command_line.main, *prompt, "--ckpt-dir", folder)
+    about = "Hugging Face, qwen2, 2 layers, 0 million bfloat16 weights"
+    assert err == f"llama3.py: found in {folder}: {about}\n"
+    assert out  # rows beyond the vocabulary are never chosen: they could not be written
+    _, err = said(capfd, 0, convert.main, folder, tmp_path / "meta")
+    assert err == f"convert.py: found {about}\nconvert.py: wrote {tmp_path / 'meta'}\n"
+    again, err = said(capfd, 0, command_line.main, *prompt, "--ckpt-dir", tmp_path / "meta")
+    assert (again, err) == (out, "")
+    source = convert.open_source(folder)
+    ids = source.tokenizer().encode("Hello, 12")
+    ours = llama3.generate(ids, loaded(source), source.config, max_new_tokens=1)
+    assert next(ours) > 900
+
+
+def test_nothing_is_written_over_and_nothing_is_left_behind(tmp_path, folder, capfd, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    said(capfd, 0, convert.main, folder, out)  # an empty folder will do
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    err = said(capfd, 2, convert.main, folder, out).err
+    assert err.splitlines()[-1] == (
+        f"convert.py: error: {out}: it is there already, and is not written over; name a new folder"
+    )
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+    (tmp_path / "file").touch()
+    assert "is there already" in said(capfd, 2, convert.main, folder, tmp_path / "file").err
+    assert "cannot be written" in said(capfd, 2, convert.main, folder, tmp_path / "file" / "x").err
+    monkeypatch.setattr(convert.shutil, "disk_usage", lambda path: type("", (), {"free": 1000}))
+    assert "GB are free" in said(capfd, 2, convert.main, folder, tmp_path / "more").err
+    monkeypatch.undo()
+
+    for error, status in ((KeyboardInterrupt, 130), (MemoryError, 2)):
+
+        def fails(names, error=error):
+            yield next(iter(names))
+            raise error
+
+        monkeypatch.setattr(convert, "tqdm", lambda names, fails=fails, **_: fails(names))
+        said(capfd, status, convert.main, folder, tmp_path / "more")
+        said(capfd, status, convert.main, "--to-hf", DEMO, tmp_path / "more")
+    assert sorted(os.listdir(tmp_path)) == ["file", "hf", "out"]
+
+
+def test_the_archive_is_a_whole_one(tmp_path, folder):
+    """With the checksums of what is in it, each tensor once, and read by torch.load unmapped."""
+    convert.to_meta(convert.open_source(folder), tmp_path / "meta")
+    path = tmp_path / "meta" / "consolidated.00.pth"
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+    content = torch.load(path, weights_only=True, mmap=False)
+    weights = convert.open_source(folder).weights()
+    assert content.keys() == weights.keys()
+    assert all(torch.equal(content[name], weights[name]) for name in weights)
+    model = made("tied")
+    convert.to_meta(
+        convert.open_source(saved(tmp_path / "tied", model)), tmp_path / "t", tokenizer=False
+    )
+    content = torch.load(tmp_path / "t" / "consolidated.00.pth", weights_only=True)
+    output, embeddings = content["output.weight"], content["tok_embeddings.weight"]
+    assert output.data_ptr() == embeddings.data_ptr()  # Meta's own code asks for both
+    numbers = sum(weight.numel() for weight in model.parameters())
+    assert path.parent.parent.joinpath("t/consolidated.00.pth").stat().st_size < 4 * numbers + 20000
+
+
+def test_a_sentencepiece_vocabulary_is_refused_and_the_weights_are_not(tmp_path, folder, capfd):
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    for main, arguments in (
+        (convert.main, [folder, tmp_path / "meta"]),
+        (command_line.main, ["--ckpt-dir", folder, "--prompt", "a"]),
+    ):
+        error = said(capfd, 2, main, *arguments).err.splitlines()[-1]
+        assert "its tokenizer is a sentencepiece model" in error
+        assert "--no-tokenizer" in error
+    said(capfd, 0, convert.main, folder, tmp_path / "meta", "--no-tokenizer")
+    assert sorted(os.listdir(tmp_path / "meta")) == ["consolidated.00.pth", "params.json"]
+
+
+@pytest.mark.parametrize("package", ["safetensors", "gguf"])
+def test_a_missing_package_is_named(tmp_path, folder, capfd, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    path = folder
+    if package == "gguf":
+        path = tmp_path / "model.gguf"
+        path.write_bytes(b"GGUF" + bytes(100))
+    for main, arguments in (
+        (convert.main, [path, tmp_path / "meta"]),
+        (command_line.main, ["--ckpt-dir", path, "--prompt", "a"]),
+    ):
+        error = said(capfd, 2, main, *arguments).err.splitlines()[-1]
+        assert f"it takes the package {package}; install it with: pip install {package}" in error
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_memory_holds_the_reordered_rows_alone(tmp_path):
+    """Of 0.5 GB, 21 MB; and of a conversion, a tensor at a time."""
+    more = {"hidden_size": 2048, "intermediate_size": 8192, "vocab_size": 32000}
+    more |= {"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192}
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES | more))
+    state = {n: torch.zeros(p.shape, dtype=torch.bfloat16) for n, p in model.named_parameters()}
+    save_file(state, tmp_path / "model.safetensors")
+    model.config.save_pretrained(tmp_path)
+    del state
+    size = (tmp_path / "model.safetensors").stat().st_size
+    assert size > 5e8
+
+    def anonymous():
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.split("RssAnon:")[1].split()[0])
+
+    before = anonymous()
+    source = convert.open_source(tmp_path)
+    assert source.copied_bytes() == 2 * 2 * (2048 * 2048 + 512 * 2048)
+    weights = loaded(source)
+    next(llama3.generate([5] * 10, weights, source.config, max_new_tokens=1))
+    assert anonymous() - before < source.copied_bytes() + 1e8
+    del weights, source
+    largest = 2 * 32000 * 2048
+    source = convert.open_source(tmp_path, keep=False)
+    peak = peak_of(lambda: convert.to_meta(source, tmp_path / "meta", tokenizer=False))
+    assert peak < largest + 1e8
