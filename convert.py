@@ -71,6 +71,7 @@ class Stored(NamedTuple):
     dtype: torch.dtype | str  # that it is loaded with, or the name of one that is not known here
     load: Callable[[], Tensor]  # mapped, unless it is a copy
     is_copy: bool = False
+    stored_as: str = ""  # GGUF's name of the type in the file
 
 
 class Vocabulary(NamedTuple):
@@ -836,7 +837,8 @@ def gguf_tensors(path: Path, header: GGUF, keep: bool) -> dict[str, Stored]:
                 return torch.from_numpy(raw).view(types[kind]).view(shape)
             return _dequantized(raw.reshape(-1, shape[-1] // block * block_bytes), kind, shape)
 
-        return Stored(shape, types.get(kind, torch.bfloat16), load, kind not in types)
+        name = gguf.GGMLQuantizationType(kind).name
+        return Stored(shape, types.get(kind, torch.bfloat16), load, kind not in types, name)
 
     for name, (_, kind, _) in header.tensors.items():
         if kind not in types:
@@ -1027,6 +1029,8 @@ def open_source(path: str | os.PathLike, keep: bool = True) -> Source:
             if not name.endswith("rotary_emb.inv_freq")  # computed, in older checkpoints
         }
         reorder, family = True, config["model_type"]
+        types = sorted({str(t.dtype).split(".")[-1] for t in tensors.values() if len(t.shape) > 1})
+        types = "/".join(types)
         tied = config.get("tie_word_embeddings", "lm_head.weight" not in tensors)
         vocabulary = functools.partial(hf_vocabulary, path)
     elif path.is_file():
@@ -1036,6 +1040,8 @@ def open_source(path: str | os.PathLike, keep: bool = True) -> Source:
         stored = {name: _from_gguf(name) for name in tensors if name != "rope_freqs.weight"}
         family = header.fields["general.architecture"]
         reorder, tied = family == "qwen2", "output.weight" not in tensors
+        types = "/".join(sorted({t.stored_as for t in tensors.values() if len(t.shape) > 1}))
+        types += ", made bfloat16" * any(t.is_copy for t in tensors.values())
         vocabulary = functools.partial(gguf_vocabulary, path, header.fields)
     else:
         raise CheckpointError(path, "no such file or folder")
@@ -1071,14 +1077,11 @@ def open_source(path: str | os.PathLike, keep: bool = True) -> Source:
     if reorder:
         by_metas = {n: in_metas_order(n, t, config.head_dim) for n, t in by_metas.items()}
     count = sum(math.prod(tensor.shape) for tensor in by_metas.values())
-    types = sorted(
-        {str(t.dtype).removeprefix("torch.") for t in by_metas.values() if len(t.shape) > 1}
-    )
     found = (
-        f"{old}, {family}, {config.n_layers} layers, {count / 1e6:.0f} million {'/'.join(types)}"
+        f"{old}, {family}, {config.n_layers} layers, {count / 1e6:.1f} million weights in {types}"
     )
     described = llama3.Weights(described)
-    return Source(path, f"{found} weights", params, config, by_metas, described, vocabulary)
+    return Source(path, found, params, config, by_metas, described, vocabulary)
 
 
 # --- writing Meta's files -------------------------------------------------------------------------
@@ -1280,7 +1283,7 @@ def hf_tokenizer(ranks: dict[bytes, int], special: dict[str, int]) -> dict[str, 
 def to_hf(ckpt_dir: Path, out_dir: Path, progress: Progress = iter, tokenizer: bool = True) -> None:
     """Write Meta's files as a Hugging Face folder. Raises CheckpointError.
 
-    For transformers, vLLM and llama.cpp's converter. tokenizer: write that as well.
+    tokenizer: write that as well.
     """
     needed_package("safetensors", ckpt_dir)
     from safetensors.torch import save_file

@@ -3,8 +3,9 @@
 `meta_order` is the order of operations of Meta's reference (llama3/model.py in llama-models),
 written down again with PyTorch's own building blocks: equal results are equal to the last bit.
 `numpy_float64` shares nothing with llama3.py: NumPy, double precision, one token and one head at a
-time, RoPE by sines and cosines.
+time, RoPE by sines and cosines. `texts` are for comparing tokenizers.
 """
+# ruff: noqa: RUF001 (texts of many scripts)
 
 import math
 
@@ -119,3 +120,41 @@ def numpy_float64(tokens, weights, params):
             inner = gate / (1 + np.exp(-gate)) * (w[f"{f}.w3.weight"] @ x)
             hidden[position] = hidden[position] + w[f"{f}.w2.weight"] @ inner
     return np.stack([w["output.weight"] @ norm(x, w["norm.weight"]) for x in hidden])
+
+
+def texts():
+    """Some hundred strings: scripts, code, white space, and random characters of many blocks."""
+    fixed = [
+        "Hello, world! It's 2026: I'd say we'll've DONE 1234567 things\u2026",
+        "Straße, naïve café, e\u0301 and \u00e9, Å and A\u030a",
+        "你好，世界。今天是2026年11月25日。日本語テキスト、한국어 문장",
+        "Привет, мир! Γειά σου Κόσμε. שלום עולם. مرحبا بالعالم ١٢٣",
+        "नमस्ते दुनिया १२३, สวัสดีชาวโลก, Ⅻ ½ ²³ ① 𝟘",
+        "def f(x):\n\treturn {k: v for k, v in x.items() if v >= 0x1F}  # done\r\n\r\n",
+        'for (int i = 0; i < 10; ++i) { a[i] += i*2; }\n\n\n    <div class="x">&nbsp;</div>',
+        "   leading, trailing   ",
+        "\n",
+        " ",
+        "\t\t x",
+        "a\u00a0b\u2003c\u3000d\u0085e\u200bf",
+        "",
+        "👩‍👩‍👧‍👦 🇩🇪 🧑🏽‍🚀 \u0000\u0001\u007f",
+        "x" * 300,
+        "1" * 50,
+        " " * 70,
+        "\n \n  \n   12 \n",
+        "'s 'S 't 'RE don't DON'T 'llama",
+        "a  1",
+        "7 8  9   10",
+        "€100, 50%, #1 @me $x_y-z",
+    ]
+    random = np.random.default_rng(0)
+    blocks = [(32, 127), (160, 592), (880, 1424), (1424, 1792), (2304, 2432), (3584, 3712)]
+    blocks += [(8192, 8304), (12288, 12544), (19968, 20480), (44032, 44544), (127744, 128512)]
+    for _ in range(300):
+        parts = []
+        for _ in range(random.integers(1, 6)):
+            low, high = blocks[random.integers(len(blocks))]
+            parts.append("".join(map(chr, random.integers(low, high, random.integers(1, 9)))))
+        fixed.append(random.choice([" ", "", "\n", "  "]).join(parts))
+    return fixed

@@ -1,5 +1,4 @@
 """Hugging Face folders and GGUF files, run as they are and converted, against transformers."""
-# ruff: noqa: RUF001 (texts of many scripts)
 
 import json
 import os
@@ -13,6 +12,7 @@ import pytest
 import torch
 import transformers
 from conftest import DEMO, ROOT, apart, config_of, peak_of, random_weights
+from references import texts
 from safetensors.torch import save_file
 
 import command_line
@@ -339,44 +339,6 @@ def test_rope_freqs_of_a_gguf_file_are_obeyed(tmp_path, kind):
 # --- tokenizers -----------------------------------------------------------------------------------
 
 
-def texts():
-    """Some hundred strings: scripts, code, white space, and random characters of many blocks."""
-    fixed = [
-        "Hello, world! It's 2026: I'd say we'll've DONE 1234567 things\u2026",
-        "Straße, naïve café, e\u0301 and \u00e9, Å and A\u030a",
-        "你好，世界。今天是2026年11月25日。日本語テキスト、한국어 문장",
-        "Привет, мир! Γειά σου Κόσμε. שלום עולם. مرحبا بالعالم ١٢٣",
-        "नमस्ते दुनिया १२३, สวัสดีชาวโลก, Ⅻ ½ ²³ ① 𝟘",
-        "def f(x):\n\treturn {k: v for k, v in x.items() if v >= 0x1F}  # done\r\n\r\n",
-        'for (int i = 0; i < 10; ++i) { a[i] += i*2; }\n\n\n    <div class="x">&nbsp;</div>',
-        "   leading, trailing   ",
-        "\n",
-        " ",
-        "\t\t x",
-        "a\u00a0b\u2003c\u3000d\u0085e\u200bf",
-        "",
-        "👩‍👩‍👧‍👦 🇩🇪 🧑🏽‍🚀 \u0000\u0001\u007f",
-        "x" * 300,
-        "1" * 50,
-        " " * 70,
-        "\n \n  \n   12 \n",
-        "'s 'S 't 'RE don't DON'T 'llama",
-        "a  1",
-        "7 8  9   10",
-        "€100, 50%, #1 @me $x_y-z",
-    ]
-    random = np.random.default_rng(0)
-    blocks = [(32, 127), (160, 592), (880, 1424), (1424, 1792), (2304, 2432), (3584, 3712)]
-    blocks += [(8192, 8304), (12288, 12544), (19968, 20480), (44032, 44544), (127744, 128512)]
-    for _ in range(300):
-        parts = []
-        for _ in range(random.integers(1, 6)):
-            low, high = blocks[random.integers(len(blocks))]
-            parts.append("".join(map(chr, random.integers(low, high, random.integers(1, 9)))))
-        fixed.append(random.choice([" ", "", "\n", "  "]).join(parts))
-    return fixed
-
-
 def trained(split):
     """A byte-level tokenizer that the tokenizers package trains, as a family has it."""
     from tokenizers import (
@@ -574,7 +536,7 @@ def test_a_folder_is_run_as_it_is_and_converted(tmp_path, folder, capfd):
     prompt = ["--prompt", "Hello, 12", "--max-new-tokens", "8", "--dtype", "float32"]
     capfd.readouterr()
     out, err = said(capfd, 0, command_line.main, *prompt, "--ckpt-dir", folder)
-    about = "Hugging Face, qwen2, 2 layers, 0 million bfloat16 weights"
+    about = "Hugging Face, qwen2, 2 layers, 0.2 million weights in bfloat16"
     assert err == f"llama3.py: found in {folder}: {about}\n"
     assert out  # rows beyond the vocabulary are never chosen: they could not be written
     _, err = said(capfd, 0, convert.main, folder, tmp_path / "meta")

