@@ -313,7 +313,8 @@ def opened_for_pytorch(path: Path) -> Iterator[tuple[str, str]]:
 OTHER_COMPUTATION = re.compile(
     "rope|rotary|yarn|ntk|freq_factor|original_max_pos|quant|lora|adapter|expert|moe|vision|image"
     "|cross_att|bias|qk_norm|softcap|sliding|window|alibi|head_dim|hidden_act|activation"
-    "|multiplier|logits?_scal|(attention|embedding|residual).scale",
+    "|multiplier|logits?_scal|(attention|embedding|residual).scale|scale_emb|clip|clamp|pruned"
+    "|parallel_residual|causal|pooling|dual_chunk",
     re.IGNORECASE,
 )
 

@@ -170,7 +170,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--ckpt-dir",
-        help="folder with the model's files (default: see below)",
+        help="folder with the model's files as Meta ships them, a Hugging Face folder, or a GGUF "
+        "file (default: see below)",
         metavar="DIR",
         type=Path,
     )
@@ -221,7 +222,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--max-seq-len",
-        help="tokens in the context (default: 8192, with use_scaled_rope 131072)",
+        help="tokens in the context (default: the model's, which is 8192 or, with use_scaled_rope, "
+        "131072 unless its files say otherwise)",
         metavar="N",
         type=positive,
     )
@@ -342,18 +344,17 @@ def check_room(
         note(f"the context of {max_seq_len} tokens has room for {room} new ones")
 
 
-def check_vocabulary(tokenizer: tokenizer_setup.Tokenizer, config: llama3.Config) -> None:
+def check_vocabulary(
+    tokenizer: tokenizer_setup.Tokenizer, config: llama3.Config, exact: bool
+) -> None:
     """Raise UsageError unless the tokenizer is that of a model like this.
 
-    Llama 3's has as many tokens as the model; in other families the embeddings may have more rows.
+    exact: it has a token for each row of the embeddings, as Meta's models have.
     """
-    of_llama3 = [*tokenizer.format.special_tokens] == [*tokenizer_setup.SPECIAL_TOKENS]
-    if tokenizer.n_vocab > config.vocab_size or (
-        of_llama3 and tokenizer.n_vocab < config.vocab_size
-    ):
+    if tokenizer.n_vocab > config.vocab_size or (exact and tokenizer.n_vocab < config.vocab_size):
         raise UsageError(
-            f'the tokenizer has {tokenizer.n_vocab} tokens, but "vocab_size" in params.json is '
-            f"{config.vocab_size}; use the tokenizer.model that came with the weights"
+            f'the tokenizer has {tokenizer.n_vocab} tokens, but the "vocab_size" of the model is '
+            f"{config.vocab_size}; use the tokenizer that came with the weights"
         )
 
 
@@ -576,7 +577,8 @@ def run(args: argparse.Namespace) -> int:
         tokenizer = source.tokenizer()
     else:
         tokenizer = tokenizer_setup.load_tokenizer(args.tokenizer or ckpt_dir / "tokenizer.model")
-    check_vocabulary(tokenizer, config)
+    exact = not source and tokenizer_setup.is_llama3(tokenizer)
+    check_vocabulary(tokenizer, config, exact)
     spelled = tokenizer_setup.special_tokens_in(tokenizer, prompt)
     if spelled:
         note(f"the prompt is plain text, in which {spelled[0]} is no special token")
@@ -593,10 +595,9 @@ def run(args: argparse.Namespace) -> int:
     check_memory(config, weights_bytes, device, dtype, len(prompt_tokens), n_new)
     loading = bar("loading", "tensors", delay=0.5)
     if source:
-        weights = source.weights(loading)
-    weights = llama3.place_weights(weights, device, dtype, loading)
-    # Rows beyond the tokenizer's vocabulary stand for nothing: they are not to be chosen.
-    weights["output.weight"] = weights["output.weight"][: tokenizer.n_vocab]
+        weights = source.load_weights(device, dtype, loading)
+    else:
+        weights = llama3.place_weights(weights, device, dtype, loading)
     if args.compile or (args.compile is None and worth_compiling(weights, device)):
         weights = compiled(weights)
     load_s = time.perf_counter() - start
@@ -609,6 +610,7 @@ def run(args: argparse.Namespace) -> int:
         sampling=llama3.Sampling(args.temperature, args.top_p, args.seed),
         stop_tokens=tokenizer_setup.stop_tokens(tokenizer),
         max_seq_len=max_seq_len,
+        n_vocab=tokenizer.n_vocab,
         progress=bar("reading the prompt", "blocks", delay=2),
     )
     times = [time.perf_counter()]  # of the start, then of every token

@@ -4,7 +4,7 @@
     python convert.py --to-hf CKPT_DIR HF_DIR  # and from Meta's files to a Hugging Face folder
 
     source = convert.open_source("Qwen2-0.5B")  # nothing is written, and what can be is mapped
-    weights = llama3.place_weights(source.weights(), device, dtype)
+    weights, tokenizer = source.load_weights(), source.tokenizer()
     logits = llama3.forward(tokens, weights, source.config)
 
 Llama, Qwen2 and InternLM are one computation: they differ in constants and in biases. The numbers
@@ -92,11 +92,27 @@ class Source(NamedTuple):
     described: llama3.Weights  # shapes and types of all weights, on the device "meta"
     vocabulary: Callable[[], Vocabulary]  # raises CheckpointError
 
-    def weights(self, progress: Progress = iter) -> llama3.Weights:
-        """The weights for llama3.place_weights, loaded one by one, mapped where it is possible."""
-        loaded = llama3.Weights((name, self.stored[name].load()) for name in progress(self.stored))
+    def weights(self) -> llama3.Weights:
+        """All weights as they are stored: mapped, but for the copies."""
+        loaded = llama3.Weights((name, stored.load()) for name, stored in self.stored.items())
         loaded.setdefault("output.weight", loaded["tok_embeddings.weight"])  # tied
         return loaded
+
+    def load_weights(
+        self,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        progress: Progress = iter,
+    ) -> llama3.Weights:
+        """As llama3.load_weights: one after the other, to compute on `device` in `dtype`."""
+        device = torch.device(device)
+        dtype = dtype or llama3.default_dtype(self.described, device)
+        placed = llama3.Weights()
+        for name in progress(self.stored):
+            loaded = llama3.Weights({name: self.stored[name].load()})
+            placed |= llama3.place_weights(loaded, device, dtype)
+        placed.setdefault("output.weight", placed["tok_embeddings.weight"])
+        return placed
 
     def copied_bytes(self) -> int:
         """The memory that `weights` takes beside what is mapped."""
@@ -107,8 +123,7 @@ class Source(NamedTuple):
         """Its tokenizer. Raises CheckpointError."""
         ranks, text_format = self.vocabulary()
         if text_format is None:
-            names = enumerate(tokenizer_setup.SPECIAL_TOKENS, start=len(ranks))
-            text_format = TextFormat({name: number for number, name in names})
+            text_format = tokenizer_setup.llama3_format(len(ranks))
         try:
             return tokenizer_setup.make_tokenizer(self.path.name, ranks, text_format)
         except ValueError as error:
@@ -190,6 +205,12 @@ def renamed(name: str, names: dict[str, str], old_layer: str, new_layer: str) ->
         return None
     layer = "" if match[1] is None else f"{new_layer}.{int(match[1])}."
     return f"{layer}{names[match[2]]}.{match[3]}"
+
+
+def to_hf_name(name: str) -> str:
+    """layers.3.attention.wq.weight -> model.layers.3.self_attn.q_proj.weight."""
+    name = renamed(name, HF_NAMES, "layers", "layers") or name
+    return name if name.startswith("lm_head.") else f"model.{name}"
 
 
 # --- Hugging Face: weights ------------------------------------------------------------------------
@@ -340,6 +361,22 @@ def llama3_divisors(
     return 1 / ((1 - kept) / factor + kept)
 
 
+def check_heads(path: Path, values: dict[str, Any], keys: dict[str, str]) -> int:
+    """The width of a head. keys: Meta's names by those in the file. Raises CheckpointError."""
+    key_of = {metas: key for key, metas in keys.items()}
+    dim, n_heads = values["dim"], values["n_heads"]
+    n_kv_heads, head_dim = values.get("n_kv_heads", n_heads), values.get("head_dim", dim // n_heads)
+    if "head_dim" not in values and dim % n_heads:
+        problem = f"a number that divides {key_of['dim']} ({dim}), or a width of its own for a head"
+        _refuse(path, key_of["n_heads"], n_heads, problem)
+    if head_dim % 2 or not head_dim:
+        _refuse(path, key_of["head_dim"], head_dim, "an even number")
+    if n_heads % n_kv_heads:
+        problem = f"a number that divides {key_of['n_heads']} ({n_heads})"
+        _refuse(path, key_of["n_kv_heads"], n_kv_heads, problem)
+    return head_dim
+
+
 def scaling_params(divisors: Tensor, theta: float, head_dim: int) -> dict[str, object]:
     """RoPE's scaling as params.json has it, from what each frequency is divided by, [d / 2].
 
@@ -406,8 +443,9 @@ def hf_params(path: Path, config: dict[str, Any]) -> tuple[dict[str, object], se
     optional = ("num_key_value_heads", "head_dim", "max_position_embeddings")
     values = check_values(path, config, limits, optional)
     values = {HF_KEYS[key]: value for key, value in values.items()}
-    head_dim = values.get("head_dim") or values["dim"] // values["n_heads"]
+    head_dim = check_heads(path, values, HF_KEYS)
     values |= _hf_scaling(path, config, head_dim)
+    values.setdefault("max_seq_len", 32768 if family == "qwen2" else 2048)  # transformers' defaults
 
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
@@ -417,7 +455,10 @@ def hf_params(path: Path, config: dict[str, Any]) -> tuple[dict[str, object], se
     layer_types = config.get("layer_types") or []
     if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
         _refuse(path, "layer_types", layer_types, "full_attention in all layers")
+    if config.get("is_causal", True) is not True:
+        _refuse(path, "is_causal", config["is_causal"], "true: each token sees those before it")
     known = {
+        "is_causal",
         *("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "head_dim"),
         *("hidden_act", "use_sliding_window", "sliding_window", "max_window_layers", "layer_types"),
         *("attention_bias", "mlp_bias"),
@@ -459,6 +500,9 @@ def _byte_alphabet() -> dict[str, int]:
 
 BYTE_OF = _byte_alphabet()
 CHARACTER_OF = {byte: character for character, byte in BYTE_OF.items()}
+
+
+DIALOG_TOKENS = ("<|start_header_id|>", "<|end_header_id|>", "<|im_start|>", "<|im_end|>")
 
 
 def make_vocabulary(
@@ -506,6 +550,9 @@ def make_vocabulary(
         special[f"<|unused_{number}|>"] = number
 
     text_format = TextFormat(special, **text_format)
+    ends = {*text_format.stop, text_format.begin, *DIALOG_TOKENS}  # no text may spell these
+    spelled = tuple(name for name in text_format.spelled if name not in ends)
+    text_format = text_format._replace(spelled=spelled)
     if all(bytes([byte]) in ranks for byte in range(256)):
         text_format = text_format._replace(unknown=None)
     metas = set(range(len(ranks), len(ranks) + len(tokenizer_setup.SPECIAL_TOKENS)))
@@ -524,15 +571,32 @@ def make_vocabulary(
     return Vocabulary(ranks, text_format)
 
 
-def _dialog_of(template: object, special: dict[str, int]) -> dict[str, str | None]:
-    """The dialog format that a chat template (in Jinja) is an instance of, and its own message."""
+def _dialog_of(template: object, special: dict[str, int], bos: str | None) -> dict[str, str | None]:
+    """The dialog format that a chat template (in Jinja) is an instance of, and its own message.
+
+    Llama Guard's, which put a task around a dialog, are none.
+    """
+    none = {"dialog": None, "begin_dialog": bos, "system": None}
     template = template if isinstance(template, str) else ""
-    if "<|start_header_id|>" in template and "<|start_header_id|>" in special:
-        return {"dialog": "llama3", "system": None}
-    if "<|im_start|>" in template and {"<|im_start|>", "<|im_end|>"} <= special.keys():
-        own = re.search(r"<\|im_start\|>system(?:\n|\\n)([^{}'\"]+)<\|im_end\|>", template)
-        return {"dialog": "chatml", "system": own[1] if own else None}
-    return {"dialog": None, "system": None}
+    begins = "bos_token" in template or (bos or "<none>") in template
+    if "BEGIN CONVERSATION" in template:
+        return none
+    if "<|start_header_id|>" in template and {*DIALOG_TOKENS[:2], "<|eot_id|>"} <= special.keys():
+        return none | {"dialog": "llama3"}
+    if "<|im_start|>" not in template or not {*DIALOG_TOKENS[2:]} <= special.keys():
+        return none
+    # The texts that it writes, of which one may be a whole message: outside of tags, or quoted in
+    # them, where a backslash escapes.
+    literals = re.findall(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"", template, re.DOTALL)
+    escapes = {"n": "\n", "t": "\t"}
+    texts = [
+        re.sub(r"\\(.)", lambda escaped: escapes.get(escaped[1], escaped[1]), one or two)
+        for one, two in literals
+    ]
+    texts += re.split(r"\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\}", template, flags=re.DOTALL)
+    own = [re.search(r"<\|im_start\|>system\n(.+?)<\|im_end\|>", t, re.DOTALL) for t in texts]
+    own = next((match[1] for match in own if match), None)
+    return {"dialog": "chatml", "begin_dialog": bos if begins else None, "system": own}
 
 
 def _stop_of(ends: Iterable[object], special: dict[str, int]) -> tuple[str, ...]:
@@ -599,9 +663,10 @@ def hf_vocabulary(folder: Path) -> Vocabulary:
     """The vocabulary in the tokenizer.json of a Hugging Face folder. Raises CheckpointError."""
     path = folder / "tokenizer.json"
     if not path.is_file():
-        found = "has no tokenizer.json"
-        if (folder / "tokenizer.model").is_file():
-            found = "its tokenizer is a sentencepiece model (tokenizer.model)"
+        found, other = "has no tokenizer.json", folder / "tokenizer.model"
+        if other.is_file():
+            kind = describe_file(read_file(other, 4096)) or "a file of another kind"
+            found += f"; its tokenizer.model is {kind}"
         raise CheckpointError(
             folder, f"{found}, expected a byte-level tokenizer.json; {NO_TOKENIZER}"
         )
@@ -625,21 +690,27 @@ def hf_vocabulary(folder: Path) -> Vocabulary:
         for pair in pairs
     ):
         raise CheckpointError(path, "found no pairs of tokens in it, as model.merges")
-    for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+    for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout", "fuse_unk"):
         if model.get(key):
             _refuse(path, key, model[key], "none")
     normalizer = content.get("normalizer")
-    kind = normalizer.get("type") if isinstance(normalizer, dict) else normalizer
-    if kind not in (None, "NFC"):
+    steps = [normalizer] if normalizer is not None else []
+    if isinstance(normalizer, dict) and isinstance(normalizer.get("normalizers"), list):
+        steps = normalizer["normalizers"]
+    kinds = [step.get("type") if isinstance(step, dict) else quoted(step) for step in steps]
+    if kinds not in ([], ["NFC"]):
         _refuse(path, "normalizer", normalizer, "NFC, or none")
     added = content.get("added_tokens") or []
     try:
         special = {entry["content"]: int(entry["id"]) for entry in added}
         spelled = tuple(entry["content"] for entry in added if not entry.get("special"))
-        if len(set(special.values())) < len(special):
+        flags = ("lstrip", "rstrip", "single_word")
+        if len(set(special.values())) < len(special) or any(
+            entry.get(flag) for entry in added if not entry.get("special") for flag in flags
+        ):
             raise ValueError
     except (TypeError, KeyError, ValueError, AttributeError):
-        _refuse(path, "added_tokens", added, "tokens with a content and an id of their own")
+        _refuse(path, "added_tokens", added, "tokens with an id each, and no strip")
     begin = _begin_of(path, content.get("post_processor"))
 
     def optional(name: str) -> dict[str, Any]:
@@ -652,8 +723,11 @@ def hf_vocabulary(folder: Path) -> Vocabulary:
         dialog = named.get("default")
     if template.is_file():
         dialog = read_file(template).decode(errors="replace")
-    end = settings.get("eos_token")
-    ends = [end.get("content") if isinstance(end, dict) else end]
+    bos, end = (
+        token.get("content") if isinstance(token, dict) else token
+        for token in (settings.get("bos_token"), settings.get("eos_token"))
+    )
+    bos, ends = bos if isinstance(bos, str) else begin, [end]
     for name in ("generation_config.json", "config.json"):
         ids = optional(name).get("eos_token_id")
         ends += ids if isinstance(ids, list) else [ids]
@@ -664,12 +738,12 @@ def hf_vocabulary(folder: Path) -> Vocabulary:
         special,
         ignore_merges=bool(model.get("ignore_merges")),
         split=_split_of(path, content.get("pre_tokenizer")),
-        normalization=kind,
+        normalization="NFC" if kinds else None,
         spelled=spelled,
         begin=begin if begin in special else None,
         unknown=model.get("unk_token") if model.get("unk_token") in special else "",
         stop=_stop_of(ends, special),
-        **_dialog_of(dialog, special),
+        **_dialog_of(dialog, special, bos if bos in special else None),
     )
 
 
@@ -900,7 +974,7 @@ def gguf_params(
     values = {GGUF_KEYS[key]: value for key, value in values.items()}
     values["norm_eps"] = float(f"{values['norm_eps']:.7g}")  # it was a float32
     values.setdefault("rope_theta", 10000.0)
-    head_dim = values.get("head_dim") or values["dim"] // values["n_heads"]
+    head_dim = check_heads(path, values, GGUF_KEYS)
     for key in ("rope.dimension_count", "attention.value_length"):
         if of_family.get(key, head_dim) != head_dim:
             _refuse(path, key, of_family[key], f"{head_dim}, the width of a head")
@@ -908,8 +982,10 @@ def gguf_params(
         _refuse(path, "rope.scaling.type", of_family["rope.scaling.type"], "none, or rope_freqs")
     if of_family.get("rope.scale_linear", 1) != 1:
         _refuse(path, "rope.scale_linear", of_family["rope.scale_linear"], "1")
+    if of_family.get("attention.causal", True) is not True:
+        _refuse(path, "attention.causal", False, "true: each token sees those before it")
     known = {*GGUF_KEYS, "rope.dimension_count", "rope.scaling.type", "rope.scale_linear"}
-    known |= {"rope.scaling.original_context_length"}
+    known |= {"rope.scaling.original_context_length", "attention.causal"}
     refuse_other_computation(path, of_family, known=known, same={}, scaling="none, or rope_freqs")
     if "token_embd.weight" not in tensors:
         raise CheckpointError(path, "token_embd.weight is missing, expected [vocab_size, dim]")
@@ -937,7 +1013,9 @@ GGUF_SPLITS = {  # by tokenizer.ggml.pre
     "llama-bpe": ("llama3", None),
     "llama3": ("llama3", None),
     "llama-v3": ("llama3", None),
+    "smaug-bpe": ("llama3", None),
     "qwen2": ("qwen2", "NFC"),
+    "deepseek-r1-qwen": ("qwen2", "NFC"),
     "smollm": ("smollm", None),
     "gpt-2": ("gpt2", None),
 }
@@ -966,13 +1044,16 @@ def gguf_vocabulary(path: Path, fields: dict[str, object]) -> Vocabulary:
     pairs = [tuple(merge.split(" ", 1)) for merge in merges]
     if not all(len(pair) == 2 for pair in pairs):
         _refuse(path, "tokenizer.ggml.merges", merges[0], "pairs of tokens")
+    while kinds and kinds[-1] == 5:  # unused: rows of the embeddings that stand for nothing
+        tokens, kinds = tokens[:-1], kinds[:-1]
     ids = {token: number for number, token in enumerate(tokens)}
     special = {token: ids[token] for token, kind in zip(tokens, kinds, strict=True) if kind != 1}
     spelled = [token for token, kind in zip(tokens, kinds, strict=True) if kind == 4]
     split, normalization = GGUF_SPLITS[pre]
     bos = field("bos_token_id")
-    begins = field("add_bos_token", split == "llama3") and type(bos) is int and bos < len(tokens)
-    begin = tokens[bos] if begins and tokens[bos] in special else None
+    begins = field("add_bos_token", split == "llama3")
+    bos = tokens[bos] if type(bos) is int and 0 <= bos < len(tokens) else None
+    begin = bos if begins and bos in special else None
     ends = [field(f"{end}_token_id") for end in ("eos", "eot", "eom")]
     return make_vocabulary(
         path,
@@ -986,7 +1067,9 @@ def gguf_vocabulary(path: Path, fields: dict[str, object]) -> Vocabulary:
         begin=begin,
         unknown="",
         stop=_stop_of(ends, special),
-        **_dialog_of(fields.get("tokenizer.chat_template"), special),
+        **_dialog_of(
+            fields.get("tokenizer.chat_template"), special, bos if bos in special else None
+        ),
     )
 
 
@@ -995,11 +1078,11 @@ def gguf_vocabulary(path: Path, fields: dict[str, object]) -> Vocabulary:
 
 def is_source(path: Path) -> bool:
     """Whether `path` looks like a model that is not in Meta's files."""
-    if path.is_file():
-        return True
-    if (path / "params.json").exists() or not path.is_dir():
+    if not path.is_dir():
+        return path.is_file()
+    if (path / "params.json").exists():
         return False
-    return (path / "config.json").is_file() or len([*path.glob("*.gguf")]) == 1
+    return (path / "config.json").is_file() or any(path.glob("*.gguf"))
 
 
 def open_source(path: str | os.PathLike, keep: bool = True) -> Source:
@@ -1009,14 +1092,21 @@ def open_source(path: str | os.PathLike, keep: bool = True) -> Source:
     it goes with it. Raises CheckpointError for what is not a whole model of a known family.
     """
     path = Path(path)
-    if path.is_file() and path.suffix in (".safetensors", ".bin") and not path.name.startswith("."):
-        path = path.parent
-    if path.is_dir() and not (path / "config.json").is_file():
-        files = [*path.glob("*.gguf")]
-        if len(files) != 1:
-            needed = "a Hugging Face folder with its config.json, or a GGUF file"
+    needed = "a Hugging Face folder with its config.json, or a GGUF file"
+    if not path.exists():
+        raise CheckpointError(path, f"no such file or folder; needed is {needed}")
+    if path.is_dir() and not [*path.glob("*.safetensors*"), *path.glob("pytorch_model*")]:
+        files = sorted(path.glob("*.gguf"))
+        if len(files) > 1:
+            names = one_line(", ".join(file.name for file in files), 100)
+            raise CheckpointError(path, f"found several GGUF files ({names}); name one of them")
+        if files:
+            path = files[0]
+        elif not (path / "config.json").is_file():
             raise CheckpointError(path, f"found no config.json; needed is {needed}")
-        (path,) = files
+    if path.is_file() and read_file(path, 4) != b"GGUF":
+        found = describe_file(read_file(path, 4096)) or "a file of another kind"
+        raise CheckpointError(path, f"found {found}; needed is {needed}; or name the file's folder")
     if path.is_dir():
         named = path / "config.json"
         config = read_json_object(named, JSON_LIMIT)
@@ -1029,22 +1119,22 @@ def open_source(path: str | os.PathLike, keep: bool = True) -> Source:
             if not name.endswith("rotary_emb.inv_freq")  # computed, in older checkpoints
         }
         reorder, family = True, config["model_type"]
+        there = to_hf_name
         types = sorted({str(t.dtype).split(".")[-1] for t in tensors.values() if len(t.shape) > 1})
         types = "/".join(types)
         tied = config.get("tie_word_embeddings", "lm_head.weight" not in tensors)
         vocabulary = functools.partial(hf_vocabulary, path)
-    elif path.is_file():
+    else:
         named, header = path, read_gguf(path)
         tensors, old = gguf_tensors(path, header, keep), "GGUF"
         params, biased = gguf_params(path, header, tensors)
         stored = {name: _from_gguf(name) for name in tensors if name != "rope_freqs.weight"}
         family = header.fields["general.architecture"]
         reorder, tied = family == "qwen2", "output.weight" not in tensors
+        there = functools.partial(renamed, names=GGUF_NAMES, old_layer="layers", new_layer="blk")
         types = "/".join(sorted({t.stored_as for t in tensors.values() if len(t.shape) > 1}))
         types += ", made bfloat16" * any(t.is_copy for t in tensors.values())
         vocabulary = functools.partial(gguf_vocabulary, path, header.fields)
-    else:
-        raise CheckpointError(path, "no such file or folder")
     config = llama3.make_config(params, named)
     for name, metas in stored.items():
         if metas is None:
@@ -1052,10 +1142,20 @@ def open_source(path: str | os.PathLike, keep: bool = True) -> Source:
                 f"found {one_line(name, 80)}, which is no weight of a {family} model known here"
             )
             raise CheckpointError(path, problem)
-    by_metas = {metas: tensors[name] for name, metas in stored.items()}
-    if tied:
-        by_metas.pop("output.weight", None)
-    elif "output.weight" not in by_metas:
+    by_metas = {}
+    for name, metas in stored.items():
+        if metas in by_metas:
+            problem = f"found {metas} under two names, one of them {one_line(name, 80)}"
+            raise CheckpointError(path, problem)
+        by_metas[metas] = tensors[name]
+    if type(tied) is not bool:
+        _refuse(named, "tie_word_embeddings", tied, "true or false")
+    if tied and "output.weight" in by_metas:
+        output, embeddings = by_metas.pop("output.weight"), by_metas.get("tok_embeddings.weight")
+        if embeddings is None or not torch.equal(output.load(), embeddings.load()):
+            problem = "lm_head.weight is not the embeddings, but tie_word_embeddings is true"
+            raise CheckpointError(path, f"{problem}; set it to false to use lm_head.weight")
+    elif not tied and "output.weight" not in by_metas:
         problem = "lm_head.weight is missing, but tie_word_embeddings is false"
         raise CheckpointError(path, problem)
     for name, tensor in by_metas.items():
@@ -1067,7 +1167,15 @@ def open_source(path: str | os.PathLike, keep: bool = True) -> Source:
         for name, tensor in by_metas.items()
     }
     shapes = llama3.weight_shapes(config)
-    described = check_weights(described, shapes, llama3.DTYPES, path, named.name, described=True)
+    try:
+        described = check_weights(
+            described, shapes, llama3.DTYPES, path, named.name, described=True
+        )
+    except CheckpointError as error:  # it knows Meta's names
+        problem = re.sub(
+            r"[\w.]+\.(weight|bias)", lambda name: there(name[0]) or name[0], error.problem
+        )
+        raise CheckpointError(path, problem) from None
     for matrix in shapes:
         kind, bias = re.sub(r"^layers\.\d+\.|\.weight$", "", matrix), f"{matrix[:-6]}bias"
         if (kind in biased) != (bias in by_metas):
@@ -1109,8 +1217,10 @@ def new_folder(path: Path, needed_bytes: int) -> Iterator[Path]:
             folder.mkdir()
             yield folder
             os.replace(folder, path)
-    except OSError as error:
-        problem = f"cannot be written: {error.strerror or one_line(error)}"
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise
+        problem = f"cannot be written: {getattr(error, 'strerror', None) or one_line(error)}"
         raise CheckpointError(path, problem) from None
 
 
@@ -1188,11 +1298,11 @@ CHAT_TEMPLATE = (
 
 def hf_config(config: llama3.Config, weights: llama3.Weights, path: Path) -> dict[str, object]:
     """The config.json of a LlamaForCausalLM. Raises CheckpointError for what it cannot say."""
-    kinds = {re.sub(r"^layers\.\d+\.|\.bias$", "", n) for n in weights if n.endswith(".bias")}
-    if config.rope_divisors is not None or kinds not in (
-        set(),
-        {"attention.wq", "attention.wk", "attention.wv", "attention.wo"},
-    ):
+    biases = [name for name in weights if name.endswith(".bias")]
+    kinds = {re.sub(r"^layers\.\d+\.|\.bias$", "", name) for name in biases}
+    allowed = set(), {"attention.wq", "attention.wk", "attention.wv", "attention.wo"}
+    everywhere = len(biases) == len(kinds) * config.n_layers
+    if config.rope_divisors is not None or kinds not in allowed or not everywhere:
         found = "rope_divisors" if config.rope_divisors is not None else ", ".join(sorted(kinds))
         problem = f"found {found}, which Hugging Face's Llama does not have; expected a Llama model"
         raise CheckpointError(path, problem)
@@ -1294,7 +1404,7 @@ def to_hf(ckpt_dir: Path, out_dir: Path, progress: Progress = iter, tokenizer: b
     files = {}
     if tokenizer:
         loaded = tokenizer_setup.load_tokenizer(ckpt_dir / "tokenizer.model")
-        if loaded.format.split != "llama3" or loaded.format.begin != "<|begin_of_text|>":
+        if not tokenizer_setup.is_llama3(loaded):
             problem = "its tokenizer is not Llama 3's; leave it out with --no-tokenizer"
             raise CheckpointError(ckpt_dir, problem)
         special = loaded.format.special_tokens
@@ -1340,10 +1450,8 @@ def to_hf(ckpt_dir: Path, out_dir: Path, progress: Progress = iter, tokenizer: b
                 weight = weights[name]
                 if re.search(r"attention\.w[qk]\.", name):
                     weight = pairs_half_a_head_apart(weight, config.head_dim)
-                there = renamed(name, HF_NAMES, "layers", "model.layers")
-                there = there if there.startswith(("model.", "lm_head.")) else f"model.{there}"
-                tensors[there] = weight.contiguous()
-                places[there] = shard_name
+                tensors[to_hf_name(name)] = weight.contiguous()
+                places[to_hf_name(name)] = shard_name
             save_file(tensors, folder / shard_name, metadata={"format": "pt"})
         next(names, None)
         if n > 1:

@@ -503,6 +503,7 @@ def _new_tokens(
     sampling: Sampling,
     generator: torch.Generator,
     stop_tokens: Collection[int],
+    n_vocab: int,
     progress: Callable[[Iterable[Tensor]], Iterable[Tensor]],
 ) -> Iterator[int]:
     """The loop of `generate`: the prompt in blocks (prefill), then a token a step (decode)."""
@@ -527,7 +528,7 @@ def _new_tokens(
                 cache = longer_cache(cache, min(end + end // 2, n_most))
             logits = logits_after(tokens, end, decoding)
         check_finite(logits, weights, step)
-        tokens = sample(logits, sampling, generator)  # [1]
+        tokens = sample(logits[..., :n_vocab], sampling, generator)  # [1]
         token = tokens.item()
         if token in stop_tokens:
             return
@@ -543,6 +544,7 @@ def generate(
     sampling: Sampling = GREEDY,
     stop_tokens: Collection[int] | int = (),
     max_seq_len: int | None = None,
+    n_vocab: int | None = None,
     progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
 ) -> Iterator[int]:
     """Continue `prompt_tokens`: an iterator over the new tokens, each computed when asked for.
@@ -550,7 +552,8 @@ def generate(
     It ends after max_new_tokens, before the first of `stop_tokens`, or when prompt and
     completion fill the context of max_seq_len tokens (by default config.max_seq_len). The random
     numbers come from a generator of its own. The prompt may also be an array or a tensor, and a
-    single stop token a number. While the prompt is read, its blocks go through `progress`.
+    single stop token a number. While the prompt is read, its blocks go through `progress`. Tokens
+    from n_vocab on are never chosen: a model may have more rows than its tokenizer has tokens.
 
     Raises ValueError, when called, for arguments out of range, and FloatingPointError at the step
     whose logits are not finite.
@@ -558,6 +561,8 @@ def generate(
     max_seq_len = config.max_seq_len if max_seq_len is None else max_seq_len
     Limits(int, 0, 2**63 - 1).check("max_new_tokens", max_new_tokens)
     Limits(int, 0, 2**63 - 1).check("max_seq_len", max_seq_len)
+    n_vocab = config.vocab_size if n_vocab is None else n_vocab
+    Limits(int, 1, config.vocab_size).check("n_vocab", n_vocab)
     if not isinstance(sampling, Sampling):
         raise ValueError(f"sampling: found {one_line(repr(sampling), 40)}, expected a Sampling")
     token_ids = Limits(int, 0, config.vocab_size - 1)
@@ -571,7 +576,7 @@ def generate(
     tokens = torch.tensor(prompt, device=weights["norm.weight"].device)
     generator = torch.Generator(tokens.device)
     generator.seed() if sampling.seed is None else generator.manual_seed(sampling.seed)
-    return _new_tokens(tokens, n_new, weights, config, sampling, generator, stop, progress)
+    return _new_tokens(tokens, n_new, weights, config, sampling, generator, stop, n_vocab, progress)
 
 
 # --- 5. Loading -----------------------------------------------------------------------------------

@@ -71,10 +71,16 @@ class TextFormat(NamedTuple):
     normalization: str | None = None  # of Unicode, before text is cut: "NFC"
     spelled: tuple[str, ...] = ()  # special tokens that stand for their own names in a text
     begin: str | None = "<|begin_of_text|>"  # the special token at the beginning of a text
+    begin_dialog: str | None = "<|begin_of_text|>"  # and of a dialog
     stop: tuple[str, ...] = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")  # end a generation
     dialog: str | None = "llama3"  # or "chatml": how encode_dialog writes a dialog
     system: str | None = None  # the first message of a dialog that begins without a "system"
     unknown: str | None = None  # special token for bytes that are no tokens; "": they are left out
+
+
+def llama3_format(n_ranks: int) -> TextFormat:
+    """Llama 3's, whose special tokens follow as many tokens of text."""
+    return TextFormat({name: n_ranks + i for i, name in enumerate(SPECIAL_TOKENS)})
 
 
 class Tokenizer(tiktoken.Encoding):
@@ -152,6 +158,12 @@ def make_tokenizer(name: str, ranks: dict[bytes, int], text_format: TextFormat) 
     return tokenizer
 
 
+def is_llama3(tokenizer: Tokenizer) -> bool:
+    """Whether it has Llama 3's special tokens and does all as Llama 3 does."""
+    n_special = len(tokenizer.format.special_tokens)
+    return tokenizer.format == llama3_format(tokenizer.n_vocab - n_special)
+
+
 def read_format(path: Path) -> TextFormat:
     """The TextFormat in a tokenizer_setup.json. Raises CheckpointError."""
     found = read_json_object(path)
@@ -189,6 +201,7 @@ def read_format(path: Path) -> TextFormat:
         check("normalization", lambda v: v in (None, "NFC"), 'null or "NFC"'),
         tuple(check("spelled", are_special, "a list of special tokens")),
         check("begin", lambda v: v is None or are_special([v]), "null or a special token"),
+        check("begin_dialog", lambda v: v is None or are_special([v]), "null or a special token"),
         tuple(check("stop", are_special, "a list of special tokens")),
         check("dialog", lambda v: v in (None, "llama3", "chatml"), 'null, "llama3" or "chatml"'),
         check("system", lambda v: v is None or isinstance(v, str), "null or a text"),
@@ -229,10 +242,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
             refuse(f"line {number} lists {one_line(repr(token)[1:], 60)} a second time")
         ranks[token] = rank
     setup = Path(path).with_name("tokenizer_setup.json")
-    if setup.is_file():
-        text_format = read_format(setup)
-    else:
-        text_format = TextFormat({name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)})
+    text_format = read_format(setup) if setup.is_file() else llama3_format(len(ranks))
     try:
         return make_tokenizer(os.path.basename(path), ranks, text_format)
     except ValueError as error:
@@ -257,19 +267,12 @@ def _split_long(text: str) -> Iterator[str]:
 
 def _encode_known_bytes(tokenizer: Tokenizer, text: str) -> Iterator[int]:
     """Token ids of `text` without the bytes that are no tokens; what is around them may merge."""
-    unknown = [
-        tokenizer.decode_single_token_bytes(i)
-        for i in range(tokenizer.n_vocab, tokenizer.max_token_value + 1)
-    ]
-    names = tokenizer.format.spelled
-    for part in re.split("({})".format("|".join(map(re.escape, names)) or "(?!)"), text):
-        if part in names:
-            yield tokenizer.encode_single_token(part)
-            continue
-        for piece in regex.findall(SPLIT_PATTERNS[tokenizer.format.split], part or ""):
-            known = piece.encode(errors="replace").translate(None, b"".join(unknown))
-            if known:
-                yield from tokenizer._encode_single_piece(known)
+    placeholders = range(tokenizer.n_vocab, tokenizer.max_token_value + 1)
+    unknown = b"".join(tokenizer.decode_single_token_bytes(number) for number in placeholders)
+    for piece in regex.findall(SPLIT_PATTERNS[tokenizer.format.split], text):
+        known = piece.encode(errors="replace").translate(None, unknown)
+        if known:
+            yield from tokenizer._encode_single_piece(known)
 
 
 def encode(tokenizer: Tokenizer, text: str, bos: bool = True) -> list[int]:
@@ -278,20 +281,29 @@ def encode(tokenizer: Tokenizer, text: str, bos: bool = True) -> list[int]:
     The text is always plain text: the characters "<|eot_id|>" in it become the tokens of those
     characters, never the special token. Lone surrogates are encoded as U+FFFD.
     """
-    begin, spelled = tokenizer.format.begin, set(tokenizer.format.spelled)
-    tokens = [tokenizer.encode_single_token(begin)] if bos and begin else []
-    if tokenizer.format.normalization:
-        text = unicodedata.normalize(tokenizer.format.normalization, text)
-    for piece in _split_long(text):
-        new = tokenizer.encode(piece, allowed_special=spelled, disallowed_special=())
-        if max(new, default=0) >= tokenizer.n_vocab:  # bytes that are no tokens
-            unknown = tokenizer.format.unknown
-            if unknown:
-                stand_in = tokenizer.encode_single_token(unknown)
-                new = [token if token < tokenizer.n_vocab else stand_in for token in new]
-            else:
-                new = _encode_known_bytes(tokenizer, piece)
-        tokens += new
+    text_format = tokenizer.format
+    tokens = []
+    if bos and text_format.begin:
+        tokens.append(tokenizer.encode_single_token(text_format.begin))
+    parts = [text]
+    if text_format.spelled:
+        names = sorted(text_format.spelled, key=len, reverse=True)
+        parts = re.split("({})".format("|".join(map(re.escape, names))), text)
+    for part in parts:
+        if part in text_format.spelled:
+            tokens.append(tokenizer.encode_single_token(part))
+            continue
+        if text_format.normalization:
+            part = unicodedata.normalize(text_format.normalization, part)
+        for piece in _split_long(part):
+            new = tokenizer.encode(piece, allowed_special=set(), disallowed_special=())
+            if max(new, default=0) >= tokenizer.n_vocab:  # bytes that are no tokens
+                if text_format.unknown:
+                    unknown = tokenizer.encode_single_token(text_format.unknown)
+                    new = [token if token < tokenizer.n_vocab else unknown for token in new]
+                else:
+                    new = _encode_known_bytes(tokenizer, piece)
+            tokens += new
     return tokens
 
 
@@ -345,7 +357,8 @@ def encode_dialog(tokenizer: Tokenizer, messages: Iterable[dict[str, str]]) -> l
             if not (isinstance(message, Mapping) and isinstance(message.get(key), str)):
                 found = one_line(repr(message), 60)
                 raise ValueError(f'message {number} is {found}, expected a text as its "{key}"')
-    tokens = encode(tokenizer, "")
+    begin = text_format.begin_dialog
+    tokens = [tokenizer.encode_single_token(begin)] if begin else []
     if text_format.system is not None and not (messages and messages[0]["role"] == "system"):
         tokens += turn(tokenizer, "system", text_format.system)
     for message in messages:

@@ -607,7 +607,7 @@ def test_a_sentencepiece_vocabulary_is_refused_and_the_weights_are_not(tmp_path,
         (command_line.main, ["--ckpt-dir", folder, "--prompt", "a"]),
     ):
         error = said(capfd, 2, main, *arguments).err.splitlines()[-1]
-        assert "its tokenizer is a sentencepiece model" in error
+        assert "its tokenizer.model is a sentencepiece model" in error
         assert "--no-tokenizer" in error
     said(capfd, 0, convert.main, folder, tmp_path / "meta", "--no-tokenizer")
     assert sorted(os.listdir(tmp_path / "meta")) == ["consolidated.00.pth", "params.json"]
