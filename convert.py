@@ -1179,8 +1179,8 @@ def open_source(path: str | os.PathLike, keep: bool = True) -> Source:
     for matrix in shapes:
         kind, bias = re.sub(r"^layers\.\d+\.|\.weight$", "", matrix), f"{matrix[:-6]}bias"
         if (kind in biased) != (bias in by_metas):
-            there = "is there" if bias in by_metas else "is missing"
-            problem = f"{bias} {there}, which contradicts {named.name}"
+            state = "is there" if bias in by_metas else "is missing"
+            problem = f"{there(bias)} {state}, which contradicts {named.name}"
             raise CheckpointError(path, problem)
     if reorder:
         by_metas = {n: in_metas_order(n, t, config.head_dim) for n, t in by_metas.items()}

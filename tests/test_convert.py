@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 import sys
 import zipfile
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 import transformers
 from conftest import DEMO, ROOT, apart, config_of, peak_of, random_weights
 from references import texts
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import command_line
 import convert
@@ -657,3 +658,400 @@ def test_memory_holds_the_reordered_rows_alone(tmp_path):
     source = convert.open_source(tmp_path, keep=False)
     peak = peak_of(lambda: convert.to_meta(source, tmp_path / "meta", tokenizer=False))
     assert peak < largest + 1e8
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+def refused(capfd, path, *expected):
+    """The one line with which both commands refuse a source."""
+    for main, arguments in (
+        (convert.main, [path, Path(path).parent / "not written"]),
+        (command_line.main, ["--ckpt-dir", path, "--prompt", "a"]),
+    ):
+        capfd.readouterr()
+        out, err = said(capfd, 2, main, *arguments)
+        *notes, line = err.splitlines()
+        assert ": error: " in line
+        assert all(": found " in note for note in notes)
+        assert out == ""
+        assert all(part in line for part in expected), line
+    assert not (Path(path).parent / "not written").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"model_type": "mistral"}, '"model_type" is "mistral"'),
+        ({"model_type": None}, '"model_type" is null'),
+        ({"model_type": ["qwen2"]}, '"model_type" is ["qwen2"]'),
+        ({"quantization_config": {"quant_method": "gptq"}}, '"quantization_config" is "gptq"'),
+        ({"hidden_act": "gelu"}, '"hidden_act" is "gelu"'),
+        ({"use_sliding_window": True, "sliding_window": 4096}, '"sliding_window" is 4096'),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, '"layer_types" is'),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, '"rope_type" is "yarn"'),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, '"rope_type" is "linear"'),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "factor": 4.0}},
+            '"low_freq_factor" is missing',
+        ),
+        ({"rope_parameters": SCALING | {"high_freq_factor": 1.5}}, '"high_freq_factor" is 1.5'),
+        ({"rope_parameters": {"full_attention": {}}}, "the same for all layers"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, '"partial_rotary_factor" is 0.5'),
+        ({"rope_parameters": [1]}, '"rope_parameters" is [1]'),
+        ({"num_local_experts": 8}, '"num_local_experts" is 8'),
+        ({"is_causal": False}, '"is_causal" is false'),
+        ({"logits_scaling": 8.0}, '"logits_scaling" is 8.0'),
+        ({"tie_word_embeddings": "false"}, '"tie_word_embeddings" is "false"'),
+        ({"tie_word_embeddings": True}, "lm_head.weight is not the embeddings"),
+        ({"hidden_size": 63}, '"num_attention_heads" is 4'),
+        ({"hidden_size": "64"}, '"hidden_size" is "64", expected a whole number'),
+        (
+            {"hidden_size": 128},
+            "model.embed_tokens.weight has shape [960, 64], expected [960, 128]",
+        ),
+        ({"num_hidden_layers": 3}, "model.layers.2.self_attn.q_proj.weight is missing"),
+        ({"num_hidden_layers": 1}, "model.layers.1."),
+        ({"num_key_value_heads": 3}, '"num_key_value_heads" is 3'),
+        (
+            {"num_key_value_heads": 4},
+            "self_attn.k_proj.weight has shape [32, 64], expected [64, 64]",
+        ),
+        ({"intermediate_size": 96}, "mlp.gate_proj.weight has shape"),
+        ({"vocab_size": 961}, "has shape [960, 64], expected [961, 64] from config.json"),
+        ({"rms_norm_eps": None}, '"rms_norm_eps" is missing'),
+        ({"model_type": "llama"}, "q_proj.bias is there, which contradicts config.json"),
+        ({"mlp_bias": True}, "gate_proj.bias is missing, which contradicts config.json"),
+    ],
+    ids=str,
+)
+def test_what_is_not_computed_or_contradicts_is_refused_by_name(folder, capfd, change, says):
+    config = json.loads((folder / "config.json").read_text()) | change
+    (folder / "config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if k not in change or v is not None})
+        if says.endswith("missing")
+        else json.dumps(config)
+    )
+    refused(capfd, folder, says)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"model": {"type": "Unigram", "vocab": [["a", 0.0]]}}, "its tokenizer is Unigram"),
+        ({"model": None}, "found no ids of tokens"),
+        ({"normalizer": {"type": "NFKC"}}, '"normalizer" is {"type": "NFKC"}'),
+        ({"pre_tokenizer": {"type": "Metaspace"}}, '"pre_tokenizer" is'),
+        ({"pre_tokenizer": None}, '"pre_tokenizer" is null'),
+        ({"post_processor": {"type": "BertProcessing"}}, '"post_processor" is "BertProcessing"'),
+        ({"added_tokens": [{"id": 0}]}, '"added_tokens" is'),
+        ({"added_tokens": [{"content": "x", "id": 5, "lstrip": True}]}, '"added_tokens" is'),
+    ],
+    ids=str,
+)
+def test_tokenizers_of_another_kind_are_refused(folder, capfd, change, says):
+    content = json.loads((folder / "tokenizer.json").read_text()) | change
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    refused(capfd, folder, says)
+
+
+def test_merges_in_another_order_than_the_ids_are_refused(folder, capfd):
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["merges"].reverse()
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    refused(capfd, folder, "is not in the order of the ids")
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path, capfd):
+    model = made("qwen2")
+    saved(tmp_path / "hf", model)
+    trained("qwen2").save_pretrained(tmp_path / "hf")
+    arguments = ["--ckpt-dir", tmp_path / "hf", "--prompt", "a"]
+    err = said(capfd, 2, command_line.main, *arguments).err
+    assert 'the tokenizer has 901 tokens, but the "vocab_size" of the model is 320' in err
+
+
+@pytest.mark.parametrize("keep", [0, 7, 100, 5000, -1])
+def test_cut_off_safetensors_are_refused(folder, capfd, keep):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    refused(capfd, folder, "model.safetensors", "download it again")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"\xff" * 8,
+        (2**62).to_bytes(8, "little") + b"{}",
+        (20).to_bytes(8, "little") + b'{"a": {"dtype": 1}} ',
+        (80).to_bytes(8, "little")
+        + b'{"norm.weight":{"dtype":"F32","shape":[64],"data_offsets":[0,99999999999]}}'.ljust(80),
+        b"<html>not found</html>",
+        b"version https://git-lfs.github.com/spec/v1",
+    ],
+    ids=lambda header: str(header[:12]),
+)
+def test_hostile_safetensors_are_refused(folder, capfd, header):
+    (folder / "model.safetensors").write_bytes(header)
+    refused(capfd, folder, "model.safetensors", "not a safetensors file")
+
+
+@pytest.mark.parametrize(
+    ("places", "says"),
+    [
+        ({"model.norm.weight": "../model.safetensors"}, "expected a file in the same folder"),
+        ({"model.norm.weight": "/etc/passwd"}, "expected a file in the same folder"),
+        ({"model.norm.weight": "absent.safetensors"}, "which is not there"),
+        ({"another": "part.safetensors"}, "does not have it"),
+        ({"model.norm.weight": 3}, 'its "weight_map" is no object of file names'),
+        ([], 'its "weight_map" is no object of file names'),
+    ],
+    ids=str,
+)
+def test_an_index_must_name_files_that_are_there(folder, capfd, places, says):
+    (folder / "model.safetensors").rename(folder / "part.safetensors")
+    index = {"weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(capfd, folder, says)
+
+
+def test_other_folders_and_files_are_refused(tmp_path, folder, capfd):
+    (folder / "model.safetensors").rename(tmp_path / "model.bin")
+    refused(capfd, folder, "found neither; needed is model.safetensors")
+    (folder / "adapter_config.json").write_text("{}")
+    refused(capfd, folder, "it is an adapter (LoRA)")
+    torch.save({"a": torch.ones(1)}, tmp_path / "some.pth")
+    refused(capfd, tmp_path / "some.pth", "found a zip archive", "or name the file's folder")
+    for name in ("a.gguf", "b.gguf"):
+        (folder / name).touch()
+    refused(capfd, folder, "found several GGUF files (a.gguf, b.gguf); name one of them")
+
+    class Code:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    torch.save({"model.norm.weight": Code()}, folder / "pytorch_model.bin")
+    refused(capfd, folder, "which could run any code")
+    assert not (tmp_path / "ran").exists()
+    torch.save([1], folder / "pytorch_model.bin")
+    refused(capfd, folder, "found no dictionary of tensors")
+
+
+def test_weights_of_other_types_and_names_are_refused(folder, capfd):
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file(weights | {name: weights[name].to(torch.int8)}, path)
+    refused(capfd, folder, "is of type I8, expected one of float32, bfloat16, float16")
+    save_file(weights | {"model.layers.0.self_attn.q_norm.weight": torch.ones(16)}, path)
+    refused(capfd, folder, "found model.layers.0.self_attn.q_norm.weight, which is no weight")
+    save_file(weights | {"norm.weight": torch.ones(64)}, path)
+    refused(capfd, folder, "under two names")
+
+
+# --- GGUF: what is refused, and its vocabularies --------------------------------------------------
+
+
+def plain_gguf(tmp_path, name="model.gguf", **more):
+    config = config_of(tmp_path, vocab_size=320, rope_theta=1e4)
+    (tmp_path / "params.json").unlink()
+    return write_gguf(tmp_path / name, random_weights(config), config, **more)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"add_uint32": ("llama.expert_count", 8)}, '"expert_count" is 8'),
+        ({"add_string": ("llama.rope.scaling.type", "yarn")}, '"rope.scaling.type" is "yarn"'),
+        ({"add_float32": ("llama.rope.scale_linear", 2.0)}, '"rope.scale_linear" is 2.0'),
+        (
+            {"add_uint32": ("llama.attention.sliding_window", 512)},
+            '"attention.sliding_window" is 512',
+        ),
+        ({"add_bool": ("llama.attention.causal", False)}, '"attention.causal" is false'),
+        ({"add_float32": ("llama.logit_scale", 0.5)}, '"logit_scale" is 0.5'),
+        ({"add_key_length": (32,)}, '"rope.dimension_count" is 16'),
+        ({"add_uint16": ("split.count", 3)}, '"split.count" is 3'),
+        ({"add_uint32": ("general.alignment", 7)}, "its general.alignment is 7"),
+        (
+            {"add_tensor": ("rope_freqs.weight", np.ones(3, np.float32))},
+            "rope_freqs.weight has shape",
+        ),
+        ({"add_tensor": ("rope_freqs.weight", np.zeros(8, np.float32))}, "no divisors"),
+        ({"add_tensor": ("blk.0.attn_q_norm.weight", np.ones(16, np.float32))}, "attn_q_norm"),
+        (
+            {"add_tensor": ("blk.0.attn_q.bias", np.ones(64, np.float32))},
+            "blk.1.attn_q.bias is missing",
+        ),
+    ],
+    ids=str,
+)
+def test_gguf_files_that_are_not_computed_are_refused_by_name(tmp_path, capfd, change, says):
+    if "general.alignment" in str(change):
+        path = plain_gguf(tmp_path)
+        content = path.read_bytes()
+        key = b"general.architecture"
+        at = content.index(key) - 8
+        entry = struct.pack("<Q", 17) + b"general.alignment" + struct.pack("<II", 4, 7)
+        count = struct.pack("<Q", struct.unpack_from("<Q", content, 16)[0] + 1)
+        path.write_bytes(content[:16] + count + content[24:at] + entry + content[at:])
+    else:
+        path = plain_gguf(tmp_path, change=change)
+    refused(capfd, path, says)
+
+
+def test_another_architecture_is_refused(tmp_path, capfd):
+    path = plain_gguf(tmp_path, family="gemma")
+    refused(capfd, path, '"general.architecture" is "gemma", which is not computed here')
+
+
+def test_cut_off_gguf_files_are_refused(tmp_path, capfd):
+    path = plain_gguf(tmp_path)
+    content = path.read_bytes()
+    for keep in (0, 3, 4, 7, 20, 30, 60, 300, 700, 1500, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:keep])
+        refused(capfd, path, str(path))
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "says"),
+    [
+        (4, 1, "found GGUF version 1"),
+        (4, 2**31, "found GGUF version"),
+        (8, 2**63, "ends before its header does"),  # tensors
+        (16, 2**63, "ends before its header does"),  # fields
+        (24, 2**63, "ends before its header does"),  # bytes of the first key
+        ("tokenizer.ggml.model", 2**62, "ends before its header does"),
+    ],
+)
+def test_counts_and_lengths_beyond_the_file_end_at_once(tmp_path, capfd, at, value, says):
+    path = plain_gguf(tmp_path)
+    content = bytearray(path.read_bytes())
+    if isinstance(at, str):  # the length of a text, after the key and the type
+        at = content.index(at.encode()) + len(at) + 4
+    size = "<I" if at == 4 else "<Q"
+    struct.pack_into(size, content, at, value)
+    path.write_bytes(content)
+    refused(capfd, path, says)
+
+
+def test_arrays_and_tensors_beyond_the_file_end_at_once(tmp_path, capfd):
+    path = plain_gguf(tmp_path)
+    content = path.read_bytes()
+    array = struct.pack("<Q", 1) + b"a" + struct.pack("<II", 9, 8) + struct.pack("<Q", 2**60)
+    path.write_bytes(content[:24] + array + content[24:])
+    refused(capfd, path, "not a whole GGUF file")
+    array = struct.pack("<Q", 1) + b"a" + struct.pack("<II", 9, 9) + struct.pack("<Q", 2**60)
+    path.write_bytes(content[:24] + array + content[24:])
+    refused(capfd, path, "unknown type 9")
+    name = b"blk.1.ffn_up.weight"
+    at = content.index(name) + len(name) + 4 + 16 + 4  # its offset, after dimensions and type
+    for offset, says in (
+        (2**40, "not a whole GGUF file"),
+        (2**63, "not a whole"),
+        (3, "cannot be"),
+    ):
+        path.write_bytes(content[:at] + struct.pack("<Q", offset) + content[at + 8 :])
+        refused(capfd, path, name.decode(), says)
+    for kind, says in ((36, "36"), (9999, "unknown type 9999"), (24, "I8")):
+        path.write_bytes(content[: at - 4] + struct.pack("<I", kind) + content[at:])
+        refused(capfd, path, name.decode(), says)
+
+
+def gguf_tokens(tokenizer, pre, padding=0, template=None, bos=None):
+    """What llama.cpp's converter writes of a tokenizer of transformers."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    ids = content["model"]["vocab"] | {t["content"]: t["id"] for t in content["added_tokens"]}
+    kinds = {t["content"]: 3 if t["special"] else 4 for t in content["added_tokens"]}
+    tokens = sorted(ids, key=ids.get)
+    pads = [f"[PAD{len(tokens) + i}]" for i in range(padding)]
+
+    def write(writer):
+        writer.add_tokenizer_pre(pre)
+        writer.add_token_list([*tokens, *pads])
+        writer.add_token_types([kinds.get(token, 1) for token in tokens] + [5] * padding)
+        writer.add_token_merges([" ".join(merge) for merge in content["model"]["merges"]])
+        if bos is not None:
+            writer.add_bos_token_id(bos)
+        if template:
+            writer.add_chat_template(template)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("pre", "split"),
+    [("llama-bpe", "llama3"), ("qwen2", "qwen2"), ("gpt-2", "gpt2"), ("smollm", "smollm")],
+)
+def test_vocabularies_of_gguf_files_equal_those_of_transformers(tmp_path, capfd, pre, split):
+    """And its rows of padding are never chosen."""
+    expected = trained(split)
+    config = config_of(tmp_path, vocab_size=960, rope_theta=1e4)
+    (tmp_path / "params.json").unlink()
+    weights = random_weights(config)
+    weights["output.weight"][len(expected) :] *= 100  # the likeliest
+    bos = 0 if split == "llama3" else None
+    tokens = gguf_tokens(expected, pre, padding=960 - len(expected), bos=bos)
+    path = write_gguf(tmp_path / "model.gguf", weights, config, tokens=tokens)
+    tokenizer = convert.open_source(path).tokenizer()
+    assert tokenizer.n_vocab == len(expected)
+    for text in [*texts(), "a<tool_call>b"]:
+        assert tokenizer_setup.encode(tokenizer, text) == expected(text)["input_ids"], text
+    arguments = ["--prompt", "Hello", "--max-new-tokens", "9", "--ckpt-dir", path]
+    out = said(capfd, 0, command_line.main, *arguments).out
+    assert "PAD" not in out
+    ids = expected("Hello")["input_ids"]
+    source = convert.open_source(path)
+    chosen = llama3.generate(ids, source.load_weights(), source.config, max_new_tokens=1)
+    assert next(chosen) >= len(expected)
+    n_vocab = tokenizer.n_vocab
+    assert all(
+        token < n_vocab
+        for token in llama3.generate(
+            ids, source.load_weights(), source.config, max_new_tokens=9, n_vocab=n_vocab
+        )
+    )
+
+
+# --- dialogs --------------------------------------------------------------------------------------
+
+QWEN2 = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+OWN_SYSTEM = QWEN2.replace("You are a helpful assistant.", 'It\\\'s\\n \\\\boxed{} \\"it\\"')
+NO_SYSTEM = QWEN2[: QWEN2.index("{% if loop")] + QWEN2[QWEN2.index("{{'<|im_start|>' +") :]
+
+
+@pytest.mark.parametrize("template", [QWEN2, OWN_SYSTEM, NO_SYSTEM], ids=["qwen2", "own", "none"])
+@pytest.mark.parametrize("begins", [False, True])
+def test_dialogs_in_chatml_equal_those_of_transformers(tmp_path, template, begins):
+    expected = trained("qwen2")
+    if begins:
+        template = "{{ bos_token }}" + template
+        expected.add_special_tokens({"bos_token": "<s>"})
+    expected.chat_template = template
+    expected.save_pretrained(tmp_path)
+    ours = tokenizer_setup.make_tokenizer("", *convert.hf_vocabulary(tmp_path))
+    assert ours.format.dialog == "chatml"
+    user = {"role": "user", "content": "Hi <|im_end|> there"}
+    plain = {"role": "user", "content": " e\u0301 12\n"}
+    for messages in (
+        [plain],
+        [{"role": "system", "content": "Be brief."}, plain],
+        [plain, {"role": "assistant", "content": "yes"}, plain],
+    ):
+        ids = expected.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        assert tokenizer_setup.encode_dialog(ours, messages) == ids
+    end = ours.encode_single_token("<|im_end|>")
+    assert tokenizer_setup.stop_tokens(ours) == {end}
+    system = template != NO_SYSTEM and "system" in template
+    assert tokenizer_setup.encode_dialog(ours, [user]).count(end) == 1 + system  # not the user's
+
+
+def test_a_tokenizer_without_a_dialog_format_says_so(folder):
+    tokenizer = convert.open_source(folder).tokenizer()
+    with pytest.raises(ValueError, match="has no known dialog format"):
+        tokenizer_setup.encode_dialog(tokenizer, [])
