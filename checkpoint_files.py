@@ -11,11 +11,12 @@ import numbers
 import os
 import pickletools
 import re
+import sys
 import zipfile
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TextIO
 
 DOWNLOAD_AGAIN = "download it again"
 
@@ -48,6 +49,34 @@ def quoted(value: object, limit: int = 40) -> str:
         return one_line(json.dumps(value), limit)
     except RecursionError:
         return f"a deeply nested {type(value).__name__}"
+
+
+# --- what is said ---------------------------------------------------------------------------------
+
+# How a control character is shown on a terminal, which would obey it: all but line break and tab.
+CONTROL_CHARACTERS = {
+    code: repr(chr(code))[1:-1]
+    for code in (*range(32), *range(127, 160))
+    if chr(code) not in "\n\t"
+}
+
+
+def give_up(out: TextIO) -> None:
+    """Let what a stream still holds, and what is still written to it, go nowhere.
+
+    Python writes it once more when it ends, and would complain once more.
+    """
+    with suppress(OSError, AttributeError):  # no stream of the system's: a notebook's
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
+
+
+def say(line: str) -> None:
+    """Write a line to standard error, if there is one."""
+    try:
+        if sys.stderr is not None:  # or print would take standard output
+            print(line.translate(CONTROL_CHARACTERS), file=sys.stderr, flush=True)
+    except OSError:
+        give_up(sys.stderr)
 
 
 # --- what a file looks like -----------------------------------------------------------------------

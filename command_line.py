@@ -25,7 +25,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import NoReturn
 
 import torch
 from tqdm import tqdm
@@ -34,11 +34,14 @@ import convert
 import llama3
 import tokenizer_setup
 from checkpoint_files import (
+    CONTROL_CHARACTERS,
     CheckpointError,
     Limits,
     bytes_to_read,
+    give_up,
     one_line,
     out_of_memory,
+    say,
 )
 
 DEMO_DIR = Path(__file__).resolve().parent / "demo"
@@ -52,31 +55,6 @@ class UsageError(ValueError):
 
 
 # --- streams --------------------------------------------------------------------------------------
-
-# How a control character is shown on a terminal, which would obey it: all but line break and tab.
-CONTROL_CHARACTERS = {
-    code: repr(chr(code))[1:-1]
-    for code in (*range(32), *range(127, 160))
-    if chr(code) not in "\n\t"
-}
-
-
-def _give_up(out: TextIO) -> None:
-    """Let what a stream still holds, and what is still written to it, go nowhere.
-
-    Python writes it once more when it ends, and would complain once more.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # no stream of the system's: a notebook's
-        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
-
-
-def say(line: str) -> None:
-    """Write a line to standard error, if there is one."""
-    try:
-        if sys.stderr is not None:  # or print would take standard output
-            print(line.translate(CONTROL_CHARACTERS), file=sys.stderr, flush=True)
-    except OSError:
-        _give_up(sys.stderr)
 
 
 def note(message: object) -> None:
@@ -98,7 +76,7 @@ def stream(texts: Iterable[str]) -> None:
             out.write(text.translate(CONTROL_CHARACTERS) if terminal else text)
             out.flush()
     except OSError as error:
-        _give_up(out)
+        give_up(out)
         if not isinstance(error, BrokenPipeError):  # with which a reader says that it has enough
             raise UsageError(f"standard output cannot be written: {error.strerror}") from None
     finally:

@@ -24,6 +24,7 @@ import mmap
 import os
 import re
 import shutil
+import signal
 import struct
 import sys
 import tempfile
@@ -49,6 +50,7 @@ from checkpoint_files import (
     check_values,
     check_weights,
     describe_file,
+    kind_of_archive,
     one_line,
     opened_for_pytorch,
     out_of_memory,
@@ -56,11 +58,13 @@ from checkpoint_files import (
     read_file,
     read_json_object,
     refuse_other_computation,
+    say,
 )
-from tokenizer_setup import TextFormat, Tokenizer
+from tokenizer_setup import SPECIAL_TOKENS, TextFormat, Tokenizer
 
 Progress = Callable[[Iterable[str]], Iterable[str]]
-JSON_LIMIT = 2**28  # bytes of a tokenizer.json or of an index
+JSON_LIMIT = 2**26  # bytes of a tokenizer.json; Llama 3's has 17 million
+CONFIG_LIMIT = 2**22  # of other files, which have some thousands
 DEQUANTIZED_NUMBERS = 2**22  # at a time
 
 
@@ -122,6 +126,10 @@ class Source(NamedTuple):
     def tokenizer(self) -> Tokenizer:
         """Its tokenizer. Raises CheckpointError."""
         ranks, text_format = self.vocabulary()
+        n_vocab = len(ranks) + len(text_format.special_tokens if text_format else SPECIAL_TOKENS)
+        if n_vocab > self.config.vocab_size:
+            problem = f'the tokenizer has {n_vocab} tokens, but the "vocab_size" of the model is'
+            raise CheckpointError(self.path, f"{problem} {self.config.vocab_size}")
         if text_format is None:
             text_format = tokenizer_setup.llama3_format(len(ranks))
         try:
@@ -200,10 +208,11 @@ def renamed(name: str, names: dict[str, str], old_layer: str, new_layer: str) ->
 
     names: the new name for each old one, without the layer and "weight" or "bias".
     """
-    match = re.fullmatch(rf"(?:{re.escape(old_layer)}\.(\d+)\.)?(.+)\.(weight|bias)", name)
+    number = "(0|[1-9][0-9]{0,5})"
+    match = re.fullmatch(rf"(?:{re.escape(old_layer)}\.{number}\.)?(.+)\.(weight|bias)", name)
     if match is None or match[2] not in names:
         return None
-    layer = "" if match[1] is None else f"{new_layer}.{int(match[1])}."
+    layer = "" if match[1] is None else f"{new_layer}.{match[1]}."
     return f"{layer}{names[match[2]]}.{match[3]}"
 
 
@@ -250,14 +259,23 @@ def _in_pickle(path: Path, keep: bool) -> dict[str, Stored]:
         with opened_for_pytorch(path) as (name, kind), warnings.catch_warnings(action="ignore"):
             return torch.load(name, map_location="cpu", weights_only=True, mmap=kind == MAPPABLE)
 
+    kind = kind_of_archive(path)
+    if "compressed" in kind:  # there is no telling how large it becomes
+        raise CheckpointError(path, f"found {kind}; save it anew with torch.save")
     content = opened()
-    if not (isinstance(content, dict) and all(isinstance(t, Tensor) for t in content.values())):
+    if not (
+        isinstance(content, dict)
+        and all(isinstance(name, str) and isinstance(t, Tensor) for name, t in content.items())
+    ):
         raise CheckpointError(path, "found no dictionary of tensors, expected a model's weights")
     for name, tensor in content.items():
-        if str(tensor.layout) != "torch.strided" or tensor.is_meta:
-            raise CheckpointError(path, f"{name} is no dense tensor")
+        plain = str(tensor.layout) == "torch.strided" and not (
+            tensor.is_meta or tensor.is_nested or tensor.is_neg() or tensor.is_conj()
+        )
+        if not plain or tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise CheckpointError(path, f"{one_line(name, 80)} is no dense tensor, stored as it is")
     shapes = {name: (tuple(t.shape), t.dtype) for name, t in content.items()}
-    loaded = functools.cache(lambda: content) if keep else opened
+    loaded = functools.cache(lambda: content) if keep or kind != MAPPABLE else opened
     return {
         name: Stored(*of, lambda name=name: loaded()[name].detach()) for name, of in shapes.items()
     }
@@ -271,7 +289,7 @@ def hf_tensors(folder: Path, keep: bool) -> dict[str, Stored]:
         index = folder / f"{single}.index.json"
         if not index.is_file():
             continue
-        places = read_json_object(index, JSON_LIMIT).get("weight_map")
+        places = read_json_object(index).get("weight_map")
         if not (isinstance(places, dict) and all(isinstance(p, str) for p in places.values())):
             raise CheckpointError(index, 'its "weight_map" is no object of file names by tensor')
         tensors = {}
@@ -279,7 +297,7 @@ def hf_tensors(folder: Path, keep: bool) -> dict[str, Stored]:
             if name != os.path.basename(name) or name in ("", ".", ".."):
                 problem = f"names {quoted(name, 80)}, expected a file in the same folder"
                 raise CheckpointError(index, problem)
-            if not (folder / name).is_file():
+            if not os.path.isfile(folder / name):  # False for a name that is too long, too
                 problem = f"names {quoted(name, 80)}, which is not there; download it as well"
                 raise CheckpointError(index, problem)
             held = read(folder / name, keep)
@@ -555,17 +573,14 @@ def make_vocabulary(
     text_format = text_format._replace(spelled=spelled)
     if all(bytes([byte]) in ranks for byte in range(256)):
         text_format = text_format._replace(unknown=None)
-    metas = set(range(len(ranks), len(ranks) + len(tokenizer_setup.SPECIAL_TOKENS)))
+    metas = set(range(len(ranks), len(ranks) + len(SPECIAL_TOKENS)))
     named = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|eot_id|>")
     if (
         (text_format.split, text_format.begin) == ("llama3", "<|begin_of_text|>")
         and set(special.values()) == metas
         and not (text_format.normalization or text_format.spelled)
         and text_format.dialog in (None, "llama3")
-        and all(
-            special.get(name) == len(ranks) + tokenizer_setup.SPECIAL_TOKENS.index(name)
-            for name in named
-        )
+        and all(special.get(name) == len(ranks) + SPECIAL_TOKENS.index(name) for name in named)
     ):
         return Vocabulary(ranks, None)  # Llama 3's own; only names of reserved tokens may differ
     return Vocabulary(ranks, text_format)
@@ -577,25 +592,29 @@ def _dialog_of(template: object, special: dict[str, int], bos: str | None) -> di
     Llama Guard's, which put a task around a dialog, are none.
     """
     none = {"dialog": None, "begin_dialog": bos, "system": None}
-    template = template if isinstance(template, str) else ""
-    begins = "bos_token" in template or (bos or "<none>") in template
+    template = template if isinstance(template, str) and len(template) < 2**16 else ""
+    begins = "bos_token" in template or (bos not in (None, *DIALOG_TOKENS) and bos in template)
     if "BEGIN CONVERSATION" in template:
         return none
     if "<|start_header_id|>" in template and {*DIALOG_TOKENS[:2], "<|eot_id|>"} <= special.keys():
         return none | {"dialog": "llama3"}
     if "<|im_start|>" not in template or not {*DIALOG_TOKENS[2:]} <= special.keys():
         return none
-    # The texts that it writes, of which one may be a whole message: outside of tags, or quoted in
-    # them, where a backslash escapes.
+    # The texts that it writes, of which one may be a whole message: quoted in its tags, where a
+    # backslash escapes, or outside of them.
     literals = re.findall(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"", template, re.DOTALL)
     escapes = {"n": "\n", "t": "\t"}
     texts = [
         re.sub(r"\\(.)", lambda escaped: escapes.get(escaped[1], escaped[1]), one or two)
         for one, two in literals
     ]
-    texts += re.split(r"\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\}", template, flags=re.DOTALL)
-    own = [re.search(r"<\|im_start\|>system\n(.+?)<\|im_end\|>", t, re.DOTALL) for t in texts]
-    own = next((match[1] for match in own if match), None)
+    texts += [re.split(r"[}%#]\}", part, maxsplit=1)[-1] for part in re.split(r"\{[{%#]", template)]
+    own = None
+    for text in texts:
+        _, begun, message = text.partition("<|im_start|>system\n")
+        message, ended, _ = message.partition("<|im_end|>")
+        if own is None and begun and ended and message:
+            own = message
     return {"dialog": "chatml", "begin_dialog": bos if begins else None, "system": own}
 
 
@@ -617,9 +636,15 @@ NO_TOKENIZER = (
 )
 
 
+def _steps(found: object, key: str) -> list[object]:
+    """The steps of a sequence in a tokenizer.json, or the only one."""
+    inner = found.get(key) if isinstance(found, dict) else None
+    return inner if isinstance(inner, list) else [found]
+
+
 def _split_of(path: Path, found: object) -> str:
     """Which of SPLIT_PATTERNS a pre_tokenizer of tokenizer.json is. Raises CheckpointError."""
-    steps = found.get("pretokenizers", [found]) if isinstance(found, dict) else [found]
+    steps = _steps(found, "pretokenizers")
     kinds = [step.get("type") if isinstance(step, dict) else None for step in steps]
     if kinds in (["ByteLevel"], ["Split", "ByteLevel"], ["Digits", "ByteLevel"]) and not any(
         step.get("add_prefix_space") for step in steps
@@ -641,7 +666,7 @@ def _split_of(path: Path, found: object) -> str:
 def _begin_of(path: Path, found: object) -> str | None:
     """The token that a post_processor of tokenizer.json puts before a text."""
     begin = None
-    steps = found.get("processors", [found]) if isinstance(found, dict) else [found]
+    steps = _steps(found, "processors")
     for step in steps:
         kind = step.get("type") if isinstance(step, dict) else step
         if kind == "TemplateProcessing":
@@ -649,6 +674,8 @@ def _begin_of(path: Path, found: object) -> str | None:
                 parts = [next(iter(part.items())) for part in step["single"]]
                 names = [part["id"] for kind, part in parts if kind == "SpecialToken"]
                 kinds = [kind for kind, _ in parts]
+                if not all(isinstance(name, str) for name in names):
+                    raise TypeError
             except (KeyError, TypeError, AttributeError, StopIteration):
                 _refuse(path, "post_processor", step, "a template")
             if kinds not in (["Sequence"], ["SpecialToken", "Sequence"]):
@@ -684,7 +711,8 @@ def hf_vocabulary(folder: Path) -> Vocabulary:
         and len(set(tokens.values())) == len(tokens)
     ):
         raise CheckpointError(path, "found no ids of tokens in it, each once, as model.vocab")
-    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges or []]
+    merges = merges if isinstance(merges, list) else [merges]
+    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
     if not all(
         isinstance(pair, list) and len(pair) == 2 and all(isinstance(p, str) for p in pair)
         for pair in pairs
@@ -694,15 +722,19 @@ def hf_vocabulary(folder: Path) -> Vocabulary:
         if model.get(key):
             _refuse(path, key, model[key], "none")
     normalizer = content.get("normalizer")
-    steps = [normalizer] if normalizer is not None else []
-    if isinstance(normalizer, dict) and isinstance(normalizer.get("normalizers"), list):
-        steps = normalizer["normalizers"]
+    steps = _steps(normalizer, "normalizers") if normalizer is not None else []
     kinds = [step.get("type") if isinstance(step, dict) else quoted(step) for step in steps]
     if kinds not in ([], ["NFC"]):
         _refuse(path, "normalizer", normalizer, "NFC, or none")
     added = content.get("added_tokens") or []
     try:
-        special = {entry["content"]: int(entry["id"]) for entry in added}
+        special = {entry["content"]: entry["id"] for entry in added}
+        if not all(
+            isinstance(name, str) and type(number) is int for name, number in special.items()
+        ):
+            raise TypeError
+        if not all(0 <= number < 2**24 for number in special.values()):
+            raise ValueError
         spelled = tuple(entry["content"] for entry in added if not entry.get("special"))
         flags = ("lstrip", "rstrip", "single_word")
         if len(set(special.values())) < len(special) or any(
@@ -711,16 +743,18 @@ def hf_vocabulary(folder: Path) -> Vocabulary:
             raise ValueError
     except (TypeError, KeyError, ValueError, AttributeError):
         _refuse(path, "added_tokens", added, "tokens with an id each, and no strip")
-    begin = _begin_of(path, content.get("post_processor"))
+    begin, unknown = _begin_of(path, content.get("post_processor")), model.get("unk_token")
+    if not (unknown is None or isinstance(unknown, str)):
+        _refuse(path, "unk_token", unknown, "a token, or none")
 
     def optional(name: str) -> dict[str, Any]:
-        return read_json_object(folder / name, JSON_LIMIT) if (folder / name).is_file() else {}
+        return read_json_object(folder / name, CONFIG_LIMIT) if (folder / name).is_file() else {}
 
     settings, template = optional("tokenizer_config.json"), folder / "chat_template.jinja"
     dialog = settings.get("chat_template")
     if isinstance(dialog, list):  # several, by name
-        named = {t.get("name"): t.get("template") for t in dialog if isinstance(t, dict)}
-        dialog = named.get("default")
+        named = [t for t in dialog if isinstance(t, dict) and t.get("name") == "default"]
+        dialog = named[0].get("template") if named else None
     if template.is_file():
         dialog = read_file(template).decode(errors="replace")
     bos, end = (
@@ -741,7 +775,7 @@ def hf_vocabulary(folder: Path) -> Vocabulary:
         normalization="NFC" if kinds else None,
         spelled=spelled,
         begin=begin if begin in special else None,
-        unknown=model.get("unk_token") if model.get("unk_token") in special else "",
+        unknown=unknown if unknown in special else "",
         stop=_stop_of(ends, special),
         **_dialog_of(dialog, special, bos if bos in special else None),
     )
@@ -768,50 +802,58 @@ _SCALARS = {
 _STRING, _ARRAY = 8, 9
 
 
+MOST_VALUES = 2**22  # in a list, or bytes in a text: a vocabulary has half a million merges
+
+
 class _Header:
     """A place in the bytes of a GGUF file, from where values are read one after the other."""
 
     def __init__(self, path: Path, content: mmap.mmap) -> None:
         self.path, self.content, self.at = path, content, 0
 
-    def numbers(self, kind: str, count: int = 1) -> tuple:
-        size = struct.calcsize(f"<{kind}") * count
+    def skip(self, size: int) -> int:
+        """Go on by so many bytes; returns where they begin. Raises CheckpointError at the end."""
         if size > len(self.content) - self.at:
             end = f"it ends before its header does, after {len(self.content)} bytes"
             raise CheckpointError(self.path, f"not a whole GGUF file: {end}; download it again")
-        values = struct.unpack_from(f"<{count}{kind}", self.content, self.at)
         self.at += size
-        return values
+        return self.at - size
 
-    def string(self) -> str:
-        (length,) = self.numbers("Q")
-        start = self.at
-        self.numbers("B", 0)
-        if length > len(self.content) - start:
-            self.numbers("B", length)  # raises
-        self.at += length
+    def check_count(self, count: int) -> None:
+        if count > MOST_VALUES:
+            self.skip(count)  # this is the usual reason
+            problem = f"found {count} values in its header, expected {MOST_VALUES} at most"
+            raise CheckpointError(self.path, problem)
+
+    def number(self, kind: str) -> Any:
+        return struct.unpack_from(f"<{kind}", self.content, self.skip(struct.calcsize(kind)))[0]
+
+    def text(self) -> str:
+        length = self.number("Q")
+        self.check_count(length)
+        start = self.skip(length)
         return self.content[start : start + length].decode(errors="replace")
 
-    def value(self, kind: int) -> object:
-        if kind == _STRING:
-            return self.string()
+    def value(self, wanted: bool) -> object:
+        """The value of a field, after its type; a list is read only if it is wanted."""
+        kind, count = self.number("I"), None
         if kind == _ARRAY:
-            inner, count = *self.numbers("I"), *self.numbers("Q")
-            if inner == _STRING:
-                values = []
-                while len(values) < count:  # not a range: each takes bytes, so a false count ends
-                    values.append(self.string())
-                return values
-            kind = inner
-        else:
-            count = None
+            kind, count = self.number("I"), self.number("Q")
+        if kind == _STRING and count is not None:
+            self.check_count(count)
+            return [self.text() for _ in range(count)]
+        if kind == _STRING:
+            return self.text()
         if kind not in _SCALARS:
-            raise CheckpointError(
-                self.path, f"found a value of the unknown type {kind} in its header"
-            )
+            problem = f"found a value of the unknown type {kind} in its header"
+            raise CheckpointError(self.path, problem)
         if count is None:
-            return self.numbers(_SCALARS[kind])[0]
-        return list(self.numbers(_SCALARS[kind], count))
+            return self.number(_SCALARS[kind])
+        start = self.skip(count * struct.calcsize(_SCALARS[kind]))
+        if not wanted:
+            return None
+        self.check_count(count)
+        return [*struct.unpack_from(f"<{count}{_SCALARS[kind]}", self.content, start)]
 
 
 class GGUF(NamedTuple):
@@ -831,30 +873,32 @@ def read_gguf(path: Path) -> GGUF:
                 found = describe_file(data[:4096]) or "neither GGUF nor anything known"
                 raise CheckpointError(path, f"found {found}, expected a GGUF file")
             header.at = 4
-            (version,) = header.numbers("I")
+            version = header.number("I")
             if version not in (2, 3):
-                raise CheckpointError(path, f"found GGUF version {version}, expected 2 or 3")
-            n_tensors, n_fields = header.numbers("Q", 2)
-            fields = {}
-            while n_fields > 0:
-                n_fields -= 1
-                key = header.string()
-                fields[key] = header.value(*header.numbers("I"))
-            found = {}
-            while n_tensors > 0:
-                n_tensors -= 1
-                name = header.string()
-                (n_dims,) = header.numbers("I")
-                dims, (kind,), (offset,) = (
-                    header.numbers("Q", min(n_dims, 9)),
-                    header.numbers("I"),
-                    header.numbers("Q"),
+                found = (
+                    "a big-endian file" if version in (2 << 24, 3 << 24) else f"version {version}"
                 )
-                if n_dims > 4 or name in found:
-                    raise CheckpointError(path, f"{one_line(name, 80)} has {n_dims} dimensions")
-                found[name] = dims[::-1], kind, offset
+                raise CheckpointError(path, f"found GGUF, {found}, expected version 2 or 3")
+            n_tensors, n_fields = header.number("Q"), header.number("Q")
+            header.check_count(n_tensors)
+            header.check_count(n_fields)
+            fields, found = {}, {}
+            for _ in range(n_fields):
+                key = header.text()
+                if key in fields:
+                    raise CheckpointError(path, f"{quoted(key, 80)} is there twice in its header")
+                fields[key] = header.value(wanted=key.startswith("tokenizer.ggml."))
+            for _ in range(n_tensors):
+                name, n_dims = header.text(), header.number("I")
+                if not 1 <= n_dims <= 4:
+                    problem = f"{one_line(name, 80)} has {n_dims} dimensions, expected 1 to 4"
+                    raise CheckpointError(path, problem)
+                if name in found:
+                    raise CheckpointError(path, f"{one_line(name, 80)} is there twice")
+                shape = tuple(header.number("Q") for _ in range(n_dims))[::-1]
+                found[name] = shape, header.number("I"), header.number("Q")
             alignment, size = fields.get("general.alignment", 32), len(data)
-            if not (type(alignment) is int and 8 <= alignment <= 2**20):
+            if not (type(alignment) is int and alignment in [2**i for i in range(3, 21)]):
                 problem = f"its general.alignment is {quoted(alignment)}, expected 32 or the like"
                 raise CheckpointError(path, problem)
             start = math.ceil(header.at / alignment) * alignment
@@ -887,7 +931,10 @@ def _dequantized(raw: np.ndarray, kind: int, shape: tuple[int, ...]) -> Tensor:
     rows = max(DEQUANTIZED_NUMBERS // shape[-1], 1)
     flat = tensor.view(-1, shape[-1])
     for start in range(0, len(flat), rows):
-        part = gguf.quants.dequantize(raw[start : start + rows], gguf.GGMLQuantizationType(kind))
+        with np.errstate(all="ignore"):  # infinite scales are found when they are computed with
+            part = gguf.quants.dequantize(
+                raw[start : start + rows], gguf.GGMLQuantizationType(kind)
+            )
         flat[start : start + rows] = torch.from_numpy(part)
     return tensor
 
@@ -990,6 +1037,9 @@ def gguf_params(
     if "token_embd.weight" not in tensors:
         raise CheckpointError(path, "token_embd.weight is missing, expected [vocab_size, dim]")
     values["vocab_size"] = tensors["token_embd.weight"].shape[0]
+    if of_family.get("vocab_size", values["vocab_size"]) != values["vocab_size"]:
+        rows = f"{values['vocab_size']}, as many as token_embd.weight has rows"
+        _refuse(path, "vocab_size", of_family["vocab_size"], rows)
     freqs = tensors.get("rope_freqs.weight")
     if freqs is not None:
         if freqs.shape != (head_dim // 2,):
@@ -1029,7 +1079,7 @@ def gguf_vocabulary(path: Path, fields: dict[str, object]) -> Vocabulary:
 
     model, pre = field("model"), field("pre", "default")
     if model != "gpt2":
-        kind = {"llama": "a sentencepiece vocabulary", None: "missing"}.get(model, quoted(model))
+        kind = "a sentencepiece vocabulary" if model == "llama" else quoted(model)
         problem = f"its tokenizer is {kind}, expected byte-level BPE; {NO_TOKENIZER}"
         raise CheckpointError(path, problem)
     if not isinstance(pre, str) or pre not in GGUF_SPLITS:
@@ -1042,10 +1092,11 @@ def gguf_vocabulary(path: Path, fields: dict[str, object]) -> Vocabulary:
     if len(kinds) != len(tokens) or len(set(tokens)) != len(tokens):
         raise CheckpointError(path, "its tokens are not one of each, with a type of each")
     pairs = [tuple(merge.split(" ", 1)) for merge in merges]
-    if not all(len(pair) == 2 for pair in pairs):
-        _refuse(path, "tokenizer.ggml.merges", merges[0], "pairs of tokens")
-    while kinds and kinds[-1] == 5:  # unused: rows of the embeddings that stand for nothing
-        tokens, kinds = tokens[:-1], kinds[:-1]
+    for pair in pairs:
+        if len(pair) != 2:
+            _refuse(path, "tokenizer.ggml.merges", pair[0], "pairs of tokens")
+    n_used = max((i for i, kind in enumerate(kinds, start=1) if kind != 5), default=0)
+    tokens, kinds = tokens[:n_used], kinds[:n_used]  # the rest are rows that stand for nothing
     ids = {token: number for number, token in enumerate(tokens)}
     special = {token: ids[token] for token, kind in zip(tokens, kinds, strict=True) if kind != 1}
     spelled = [token for token, kind in zip(tokens, kinds, strict=True) if kind == 4]
@@ -1076,13 +1127,17 @@ def gguf_vocabulary(path: Path, fields: dict[str, object]) -> Vocabulary:
 # --- opening --------------------------------------------------------------------------------------
 
 
+def _gguf_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.gguf") if path.is_file())
+
+
 def is_source(path: Path) -> bool:
     """Whether `path` looks like a model that is not in Meta's files."""
-    if not path.is_dir():
-        return path.is_file()
+    if not os.path.isdir(path):  # unlike Path's, False for a name that is too long
+        return os.path.isfile(path)
     if (path / "params.json").exists():
         return False
-    return (path / "config.json").is_file() or any(path.glob("*.gguf"))
+    return (path / "config.json").is_file() or bool(_gguf_files(path))
 
 
 def open_source(path: str | os.PathLike, keep: bool = True) -> Source:
@@ -1093,10 +1148,10 @@ def open_source(path: str | os.PathLike, keep: bool = True) -> Source:
     """
     path = Path(path)
     needed = "a Hugging Face folder with its config.json, or a GGUF file"
-    if not path.exists():
+    if not os.path.exists(path):
         raise CheckpointError(path, f"no such file or folder; needed is {needed}")
     if path.is_dir() and not [*path.glob("*.safetensors*"), *path.glob("pytorch_model*")]:
-        files = sorted(path.glob("*.gguf"))
+        files = _gguf_files(path)
         if len(files) > 1:
             names = one_line(", ".join(file.name for file in files), 100)
             raise CheckpointError(path, f"found several GGUF files ({names}); name one of them")
@@ -1109,7 +1164,7 @@ def open_source(path: str | os.PathLike, keep: bool = True) -> Source:
         raise CheckpointError(path, f"found {found}; needed is {needed}; or name the file's folder")
     if path.is_dir():
         named = path / "config.json"
-        config = read_json_object(named, JSON_LIMIT)
+        config = read_json_object(named, CONFIG_LIMIT)
         params, biased = hf_params(named, config)
         tensors, old = hf_tensors(path, keep), "Hugging Face"
         new = {there: metas for metas, there in HF_NAMES.items()}
@@ -1150,18 +1205,17 @@ def open_source(path: str | os.PathLike, keep: bool = True) -> Source:
         by_metas[metas] = tensors[name]
     if type(tied) is not bool:
         _refuse(named, "tie_word_embeddings", tied, "true or false")
-    if tied and "output.weight" in by_metas:
-        output, embeddings = by_metas.pop("output.weight"), by_metas.get("tok_embeddings.weight")
-        if embeddings is None or not torch.equal(output.load(), embeddings.load()):
-            problem = "lm_head.weight is not the embeddings, but tie_word_embeddings is true"
-            raise CheckpointError(path, f"{problem}; set it to false to use lm_head.weight")
-    elif not tied and "output.weight" not in by_metas:
+    output = by_metas.pop("output.weight", None) if tied else None
+    if not tied and "output.weight" not in by_metas:
         problem = "lm_head.weight is missing, but tie_word_embeddings is false"
         raise CheckpointError(path, problem)
     for name, tensor in by_metas.items():
         if isinstance(tensor.dtype, str):
             expected = f"expected one of {', '.join(llama3.DTYPES)}"
             raise CheckpointError(path, f"{name} is of type {tensor.dtype}, {expected}")
+        if not 0 < math.prod(tensor.shape) < 2**48:
+            problem = f"{name} has shape {one_line([*tensor.shape], 80)}, which cannot be"
+            raise CheckpointError(path, problem)
     described = {
         name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
         for name, tensor in by_metas.items()
@@ -1176,6 +1230,13 @@ def open_source(path: str | os.PathLike, keep: bool = True) -> Source:
             r"[\w.]+\.(weight|bias)", lambda name: there(name[0]) or name[0], error.problem
         )
         raise CheckpointError(path, problem) from None
+    embeddings = by_metas["tok_embeddings.weight"]
+    if output is not None and not (
+        (output.shape, output.dtype) == (embeddings.shape, embeddings.dtype)
+        and torch.equal(output.load().view(torch.uint8), embeddings.load().view(torch.uint8))
+    ):
+        problem = "lm_head.weight is not the embeddings, but tie_word_embeddings is true"
+        raise CheckpointError(path, f"{problem}; set it to false to use lm_head.weight")
     for matrix in shapes:
         kind, bias = re.sub(r"^layers\.\d+\.|\.weight$", "", matrix), f"{matrix[:-6]}bias"
         if (kind in biased) != (bias in by_metas):
@@ -1195,33 +1256,50 @@ def open_source(path: str | os.PathLike, keep: bool = True) -> Source:
 # --- writing Meta's files -------------------------------------------------------------------------
 
 
+def refuse_existing(path: Path) -> None:
+    """Raise CheckpointError if there is something at `path` but an empty folder."""
+    try:
+        there = os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir()))
+    except OSError as error:
+        raise CheckpointError(path, f"cannot be written: {error.strerror}") from None
+    if there:
+        problem = "it is there already, and is not written over; name a new folder"
+        raise CheckpointError(path, problem)
+
+
 @contextlib.contextmanager
 def new_folder(path: Path, needed_bytes: int) -> Iterator[Path]:
     """A folder to write to, which becomes `path` when all is written, and is gone if it is not.
 
     Raises CheckpointError if there is something at `path`, or no room for as many bytes.
     """
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise CheckpointError(
-            path, "it is there already, and is not written over; name a new folder"
-        )
+    refuse_existing(path)
+    path = Path(os.path.realpath(path))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(path.parent).free
         if needed_bytes > free:
-            problem = f"{needed_bytes / 1e9:.1f} GB are needed there, {free / 1e9:.1f} GB are free"
+            problem = f"{needed_bytes / 1e6:.0f} MB are needed there, {free / 1e6:.0f} MB are free"
             raise CheckpointError(path, problem)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as made:
-            made = Path(made)
-            folder = made / path.name
+        with tempfile.TemporaryDirectory(prefix=f".{path.name[:99]}.", dir=path.parent) as made:
+            folder = Path(made) / "new"
             folder.mkdir()
             yield folder
             os.replace(folder, path)
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
-            raise
-        problem = f"cannot be written: {getattr(error, 'strerror', None) or one_line(error)}"
+    except OSError as error:
+        problem = f"cannot be written: {error.strerror or one_line(error)}"
         raise CheckpointError(path, problem) from None
+
+
+@contextlib.contextmanager
+def library_writes(path: Path) -> Iterator[None]:
+    """What a library raises when it cannot write the file `path`, whatever it is, as OSError."""
+    try:
+        yield
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        raise OSError(f"{path.name}: {one_line(error)}") from None
 
 
 def write_pth(path: Path, stored: dict[str, Stored], progress: Progress) -> None:
@@ -1235,7 +1313,7 @@ def write_pth(path: Path, stored: dict[str, Stored], progress: Progress) -> None
     with FakeTensorMode():
         content = {name: torch.empty(s.shape, dtype=s.dtype) for name, s in stored.items()}
     content.setdefault("output.weight", content["tok_embeddings.weight"])
-    with torch.serialization.skip_data(materialize_fake_tensors=True):
+    with torch.serialization.skip_data(materialize_fake_tensors=True), library_writes(path):
         torch.save(content, path)
     names = iter(progress(stored))
     with zipfile.ZipFile(path) as archive, path.open("r+b") as file:
@@ -1264,8 +1342,8 @@ def write_vocabulary(folder: Path, vocabulary: Vocabulary) -> None:
         for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
             file.write(base64.b64encode(token) + b" %d\n" % rank)
     if text_format is not None:
-        text = json.dumps(text_format._asdict(), ensure_ascii=False, indent=1)
-        (folder / "tokenizer_setup.json").write_text(text + "\n", encoding="utf-8")
+        text = json.dumps(text_format._asdict(), indent=1)
+        (folder / "tokenizer_setup.json").write_text(text + "\n")
 
 
 def to_meta(
@@ -1444,15 +1522,20 @@ def to_hf(ckpt_dir: Path, out_dir: Path, progress: Progress = iter, tokenizer: b
     with new_folder(out_dir, sum(weight.nbytes for weight in weights.values())) as folder:
         names = iter(progress(weights))
         for shard, shard_name in zip(shards, shard_names, strict=True):
-            tensors = {}
+            tensors, storages = {}, set()
             for _ in shard:
                 name = next(names)
                 weight = weights[name]
                 if re.search(r"attention\.w[qk]\.", name):
                     weight = pairs_half_a_head_apart(weight, config.head_dim)
-                tensors[to_hf_name(name)] = weight.contiguous()
+                weight = weight.contiguous()
+                if weight.untyped_storage().data_ptr() in storages:  # which safetensors refuses
+                    weight = weight.clone()
+                storages.add(weight.untyped_storage().data_ptr())
+                tensors[to_hf_name(name)] = weight
                 places[to_hf_name(name)] = shard_name
-            save_file(tensors, folder / shard_name, metadata={"format": "pt"})
+            with library_writes(folder / shard_name):
+                save_file(tensors, folder / shard_name, metadata={"format": "pt"})
         next(names, None)
         if n > 1:
             total = sum(weight.nbytes for weight in weights.values())
@@ -1461,16 +1544,25 @@ def to_hf(ckpt_dir: Path, out_dir: Path, progress: Progress = iter, tokenizer: b
                 "weight_map": places,
             }
         for name, content in files.items():
-            text = json.dumps(content, ensure_ascii=False, indent=2)
-            (folder / name).write_text(text + "\n", encoding="utf-8")
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
 # --- the command ----------------------------------------------------------------------------------
 
 
+def note(message: object) -> None:
+    say(f"convert.py: {one_line(message, limit=1000)}")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        note(f"error: {message}")
+        raise SystemExit(2)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status, 2 if the input was bad."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="convert.py",
         description="Write a Hugging Face folder or a GGUF file as Meta's files, or the other way "
         "round. Weights keep their type; those of a quantized GGUF file become bfloat16.",
@@ -1482,27 +1574,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--to-hf", action="store_true", help="SOURCE is a folder of Meta's files")
     parser.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer out")
     args = parser.parse_args(argv)
-
-    def say(line: object) -> None:
-        print(f"convert.py: {one_line(line, 1000)}", file=sys.stderr, flush=True)
-
-    progress = functools.partial(tqdm, desc="writing", unit=" tensors", leave=False, disable=None)
+    bar = {"desc": "writing", "unit": " tensors", "leave": False}
+    quiet = True if sys.stderr is None else None  # None: unless it is a terminal
+    progress = functools.partial(tqdm, disable=quiet, **bar)
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left behind
     try:
+        refuse_existing(args.out_dir)
         if args.to_hf:
             to_hf(args.source, args.out_dir, progress, not args.no_tokenizer)
         else:
             source = open_source(args.source, keep=False)
-            say(f"found {source.found}")
+            note(f"found {source.found}")
             to_meta(source, args.out_dir, progress, not args.no_tokenizer)
-        say(f"wrote {args.out_dir}")
+        note(f"wrote {args.out_dir}")
         return 0
     except CheckpointError as error:
-        say(f"error: {error}")
+        note(f"error: {error}")
         return 2
     except (RuntimeError, MemoryError, OSError) as error:
         if not out_of_memory(error):
             raise
-        say(f"error: memory ran out ({one_line(error)})")
+        note(f"error: memory ran out ({one_line(error)})")
         return 2
     except KeyboardInterrupt:
         return 130

@@ -144,10 +144,12 @@ def make_tokenizer(name: str, ranks: dict[bytes, int], text_format: TextFormat) 
         raise ValueError(f"rank {min(missing_ids)} is missing, so there is a gap or a duplicate")
     if missing_bytes and text_format.unknown is None:
         raise ValueError(f"{len(missing_bytes)} of the 256 single bytes are missing")
-    for token in special:
-        if token.encode() in ranks:  # or text could spell it
-            raise ValueError(f"it lists the special token {token} among those of text")
     placeholders = {bytes([byte]): n_vocab + i for i, byte in enumerate(missing_bytes)}
+    if b"" in ranks or "" in special:
+        raise ValueError("it lists an empty token")
+    for token in special:
+        if token.encode(errors="replace") in ranks | placeholders:  # or text could spell it
+            raise ValueError(f"it lists the special token {token} among those of text")
     tokenizer = Tokenizer(
         name,
         pat_str=SPLIT_PATTERNS[text_format.split],
