@@ -392,7 +392,8 @@ def bytes_needed(
 def check_file(ckpt_dir: Path) -> None:
     """Raise UsageError if the weights cannot be mapped and there is no memory to read them."""
     path = ckpt_dir / "consolidated.00.pth"
-    size, free = bytes_to_read(path) if path.is_file() else 0, free_bytes(torch.device("cpu"))
+    size = bytes_to_read(path) if os.path.isfile(path) else 0
+    free = free_bytes(torch.device("cpu"))
     if size > free:
         raise UsageError(
             f"{path} cannot be mapped, and to read it takes {amount(size)} of memory, but "

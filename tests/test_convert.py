@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import struct
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import DEMO, ROOT, apart, config_of, peak_of, random_weights
+from conftest import DEMO, ROOT, apart, compressed, config_of, peak_of, random_weights
 from references import texts
 from safetensors.torch import load_file, save_file
 
@@ -1053,3 +1055,185 @@ def test_a_tokenizer_without_a_dialog_format_says_so(folder):
     tokenizer = convert.open_source(folder).tokenizer()
     with pytest.raises(ValueError, match="has no known dialog format"):
         tokenizer_setup.encode_dialog(tokenizer, [])
+
+
+# --- what means harm ------------------------------------------------------------------------------
+
+
+def test_templates_are_read_in_one_go(folder):
+    """Without patterns that try every beginning with every end."""
+    path = folder / "tokenizer_config.json"
+    for template in ("<|im_start|>system\n", "{{ '", '{{ "', "{%", "<|im_start|>user'"):
+        settings = {"chat_template": template * (60_000 // len(template))}
+        path.write_text(json.dumps(settings))
+        convert.hf_vocabulary(folder)
+    path.write_text(json.dumps({"chat_template": QWEN2 + " " * 2**16}))
+    assert convert.hf_vocabulary(folder).text_format.dialog is None
+
+
+def test_a_gguf_header_is_read_in_one_go(tmp_path, capfd):
+    """Unused tokens, and a list that no one asked for."""
+    content = plain_gguf(
+        tmp_path, tokens=gguf_tokens(trained("gpt2"), "gpt-2", 100_000)
+    ).read_bytes()
+    n = 10**8 + 7  # the header stays a multiple of 32 bytes
+    unasked = struct.pack("<Q", 1) + b"a" + struct.pack("<IIQ", 9, 0, n) + bytes(n)
+    count = struct.pack("<Q", struct.unpack_from("<Q", content, 16)[0] + 1)
+    (tmp_path / "model.gguf").write_bytes(content[:16] + count + unasked + content[24:])
+    del content, unasked
+    fields = None
+
+    def read():
+        nonlocal fields
+        fields = convert.read_gguf(tmp_path / "model.gguf").fields
+
+    before = peak_of(lambda: (tmp_path / "model.gguf").read_bytes())
+    assert peak_of(read) < before
+    assert fields["a"] is None
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        (b"blk.1.ffn_up.weight\x02", b"blk.1.ffn_up.weight\x00", "has 0 dimensions"),
+        (b"blk.1.ffn_up.weight\x02", b"blk.1.ffn_up.weight\x09", "has 9 dimensions"),
+        (b"blk.1.ffn_up.weight", b"blk.0.ffn_up.weight", "is there twice"),
+        (b"blk.1.ffn_up.weight", b"blk.01.ffn_u.weight", "which is no weight"),
+    ],
+    ids=str,
+)
+def test_odd_gguf_headers_are_refused(tmp_path, capfd, old, new, says):
+    path = plain_gguf(tmp_path)
+    content = path.read_bytes()
+    assert content.count(old) == 1
+    path.write_bytes(content.replace(old, new))
+    refused(capfd, path, says)
+
+
+def test_what_a_pickle_may_hold_is_refused(tmp_path, folder, capfd):
+    weights = {name: t.clone() for name, t in load_file(folder / "model.safetensors").items()}
+    (folder / "model.safetensors").unlink()
+    path, name = folder / "pytorch_model.bin", "model.layers.0.mlp.up_proj.weight"
+    for bad in (
+        {1: torch.ones(1)},
+        {name: torch.ones(1, dtype=torch.bfloat16).expand(weights[name].shape)},
+        {name: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])},
+        {name: torch._neg_view(weights[name])},
+        {name: weights[name].to_sparse()},
+        {f"model.layers.{'1' * 5000}.mlp.up_proj.weight": torch.ones(1)},
+    ):
+        torch.save(weights | bad, path)
+        refused(capfd, folder)
+    torch.save(weights, path)
+    said(capfd, 0, command_line.main, "--ckpt-dir", folder, "--prompt", "a")
+    compressed(path)
+    refused(capfd, folder, "found a compressed zip archive; save it anew with torch.save")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("tokenizer.json", {"added_tokens": [{"id": float("inf"), "content": "x"}]}),
+        ("tokenizer.json", {"added_tokens": [{"id": "0", "content": "x"}]}),
+        ("tokenizer.json", {"added_tokens": [{"id": 0, "content": None}]}),
+        ("tokenizer.json", {"added_tokens": [{"id": 2000, "content": "x"}]}),
+        ("tokenizer.json", {"added_tokens": [{"id": 901, "content": ""}]}),
+        ("tokenizer.json", {"added_tokens": 5}),
+        ("tokenizer.json", {"pre_tokenizer": {"type": "Sequence", "pretokenizers": 1.5}}),
+        ("tokenizer.json", {"post_processor": {"type": "Sequence", "processors": 5}}),
+        (
+            "tokenizer.json",
+            {
+                "post_processor": {
+                    "type": "TemplateProcessing",
+                    "single": [{"SpecialToken": {"id": []}}],
+                }
+            },
+        ),
+        ("config.json", {"eos_token_id": "x" * 2**22}),
+        ("config.json", {"num_hidden_layers": 10**9}),
+        ("config.json", {"hidden_size": float("nan")}),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_wrong_types_in_a_folders_files_are_refused(folder, capfd, name, change):
+    content = json.loads((folder / name).read_text()) | change
+    (folder / name).write_text(json.dumps(content))
+    refused(capfd, folder)
+
+
+def test_names_that_are_too_long_are_refused(tmp_path, folder, capfd):
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {"model.norm.weight": "x" * 300}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(capfd, folder, "which is not there")
+    for arguments in ([tmp_path / ("y" * 300), tmp_path / "o"], [folder, tmp_path / ("y" * 300)]):
+        said(capfd, 2, convert.main, *arguments)
+    said(capfd, 2, command_line.main, "--prompt", "a", "--ckpt-dir", tmp_path / ("y" * 300))
+
+
+def run_convert(*arguments, before="pass", **options):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{before}\nimport convert\n"
+    code += f"sys.exit(convert.main({[*map(str, arguments)]!r}))"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, **options)
+
+
+def test_what_cannot_be_written_leaves_nothing_behind(tmp_path, folder):
+    """A limit for the size of files, no standard error, and a signal in the middle of it."""
+    limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
+    for arguments in ([folder, tmp_path / "out"], ["--to-hf", DEMO, tmp_path / "out"]):
+        result = run_convert(*arguments, before=limit)
+        assert result.returncode == 2, result.stderr
+        assert "out: cannot be written: " in result.stderr.splitlines()[-1]
+        assert "Traceback" not in result.stderr
+    stop = "import os, signal, convert\n"
+    stop += "convert.tqdm = lambda names, **_: (os.kill(os.getpid(), signal.SIGTERM), names)[1]"
+    assert run_convert(folder, tmp_path / "out", before=stop).returncode == 143
+    assert sorted(os.listdir(tmp_path)) == ["hf"]
+    closed = run_convert(folder, tmp_path / "out", before="sys.stderr = None")
+    assert (closed.returncode, closed.stdout, closed.stderr) == (0, "", "")
+
+
+def test_links_are_followed_and_shared_tensors_are_written(tmp_path, folder, capfd):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    said(capfd, 0, convert.main, folder, tmp_path / "link")
+    assert (tmp_path / "real" / "params.json").exists()
+    weights = dict(llama3.map_weights(DEMO, llama3.load_config(DEMO)))
+    first, second = (f"layers.0.feed_forward.{w}.weight" for w in ("w1", "w3"))
+    weights[second] = weights[first]
+    shutil.copytree(DEMO, tmp_path / "demo")
+    torch.save(weights, tmp_path / "demo" / "consolidated.00.pth")
+    said(capfd, 0, convert.main, "--to-hf", tmp_path / "demo", tmp_path / "demo-hf")
+    again = convert.open_source(tmp_path / "demo-hf").weights()
+    assert torch.equal(again[second], weights[first])
+
+
+def test_a_setup_of_wrong_types_is_refused(tmp_path, folder, capfd):
+    said(capfd, 0, convert.main, folder, tmp_path / "meta")
+    path = tmp_path / "meta" / "tokenizer_setup.json"
+    setup = json.loads(path.read_text())
+    for change in (
+        {"special_tokens": []},
+        {"special_tokens": {"a": -1}},
+        {"special_tokens": setup["special_tokens"] | {"": 901}},
+        {"special_tokens": dict.fromkeys(setup["special_tokens"], 1)},
+        {"split": "llama4"},
+        {"split": []},
+        {"normalization": "NFKD"},
+        {"spelled": ["no such"]},
+        {"spelled": "<"},
+        {"begin": "no such"},
+        {"stop": [3]},
+        {"dialog": "alpaca"},
+        {"system": 3},
+        {"unknown": "no such"},
+        {"more": 1},
+    ):
+        path.write_text(json.dumps(setup | change))
+        error = said(
+            capfd, 2, command_line.main, "--ckpt-dir", tmp_path / "meta", "--prompt", "a"
+        ).err
+        assert error.count("\n") == 1
+        assert next(iter(change)) in error or "empty token" in error

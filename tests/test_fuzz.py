@@ -1,6 +1,6 @@
 """Mutated files, random options and any prompt: a right result, or one line and status 2.
 
-Five kinds of cases, each as many as the Hypothesis profile says: 400 by default, 10,000 with
+Seven kinds of cases, each as many as the Hypothesis profile says: 400 by default, 10,000 with
 `--hypothesis-profile long` (see README.md here). A case runs the whole program in this process, on
 a copy of a model so small that it takes a few milliseconds.
 """
@@ -14,6 +14,7 @@ import re
 import shutil
 import warnings
 
+import gguf
 import pytest
 import torch
 from conftest import compressed, config_of, random_weights
@@ -21,6 +22,7 @@ from hypothesis import given, note
 from hypothesis import strategies as st
 
 import command_line
+import convert
 import llama3
 import tokenizer_setup
 from checkpoint_files import CheckpointError
@@ -395,3 +397,110 @@ def test_options_and_prompts(made, folder, options, prompt, in_a_file, mark):
         spells = any(name in prompt for name in tokenizer_setup.SPECIAL_TOKENS)
         assert ("the prompt is plain text" in err) == spells
         assert json.loads(err.splitlines()[-1])["prompt_tokens"] == n_tokens
+
+
+# --- Hugging Face folders and GGUF files ----------------------------------------------------------
+
+JSON_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
+
+
+@pytest.fixture(scope="module")
+def sources(made, tmp_path_factory):
+    """The same model as others keep it, in a Hugging Face folder and in a GGUF file."""
+    base = tmp_path_factory.mktemp("sources")
+    convert.to_hf(made, base / "hf")
+    (base / "gguf").mkdir()
+    config = llama3.load_config(made)
+    writer = gguf.GGUFWriter(base / "gguf" / "model.gguf", "llama")
+    writer.add_block_count(config.n_layers)
+    writer.add_embedding_length(config.dim)
+    writer.add_feed_forward_length(config.ffn_dim)
+    writer.add_head_count(config.n_heads)
+    writer.add_head_count_kv(config.n_kv_heads)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("llama-bpe")
+    tokens = [convert.CHARACTER_OF[byte] for byte in range(256)]
+    writer.add_token_list([*tokens, *tokenizer_setup.SPECIAL_TOKENS])
+    writer.add_token_types([1] * 256 + [3] * 256)
+    writer.add_token_merges([])
+    writer.add_bos_token_id(256)
+    for name, weight in llama3.map_weights(made, config).items():
+        there = convert.renamed(name, convert.GGUF_NAMES, "layers", "blk")
+        writer.add_tensor(there, weight.float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    for folder in ("hf", "gguf"):
+        assert command_line.main(["--ckpt-dir", str(base / folder), *COMPLETE]) == 0
+    return base
+
+
+def places(value, path=()):
+    """Where in a value of JSON something can be put: of long lists, the first places."""
+    yield path
+    inner = value.items() if isinstance(value, dict) else ()
+    inner = enumerate(value) if isinstance(value, list) else inner
+    for key, part in [*inner][:12]:
+        yield from places(part, (*path, key))
+
+
+@st.composite
+def changed_json(draw, content):
+    """`content` with a value replaced, left out or put in, or some bytes changed."""
+    if draw(st.integers(0, 3)) == 0:
+        return draw(edited(content))
+    value = json.loads(content)
+    *path, last = draw(st.sampled_from([*places(value)][1:]))
+    inner = value
+    for key in path:
+        inner = inner[key]
+    how = draw(st.sampled_from(["set", "set", "leave out", "put in"]))
+    if how == "leave out":
+        del inner[last]
+    elif how == "put in" and isinstance(inner, dict):
+        inner[draw(st.text(max_size=9))] = draw(VALUES)
+    else:
+        inner[last] = draw(VALUES)
+    return json.dumps(value).encode()
+
+
+def check_source(sources, source):
+    """It runs or is refused, and what is written of it runs as it does."""
+    status, out, _ = run(source, *COMPLETE, "--dtype", "float32")
+    target = sources / "converted"
+    shutil.rmtree(target, ignore_errors=True)
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err):
+        converted = convert.main([str(source), str(target)])
+    note(err.getvalue())
+    *lines, last = err.getvalue().split("\n")
+    assert last == ""
+    assert all(line.startswith("convert.py: ") and line.isprintable() for line in lines)
+    assert [line.startswith("convert.py: error: ") for line in lines][-1] == (converted != 0)
+    assert target.exists() == (converted == 0)
+    assert not [*sources.glob(".*")]
+    if converted == 0:
+        assert run(target, *COMPLETE, "--dtype", "float32")[:2] == (status, out)
+    else:
+        assert (status, converted) == (2, 2)
+
+
+@given(data=st.data())
+def test_hugging_face_folders(sources, data):
+    name = data.draw(st.sampled_from([*JSON_FILES, *JSON_FILES, "model.safetensors"]))
+    content = (sources / "hf" / name).read_bytes()
+    change = edited if name == "model.safetensors" else changed_json
+    source = shutil.copytree(sources / "hf", sources / "changed", dirs_exist_ok=True)
+    (source / name).write_bytes(data.draw(change(content)))
+    check_source(sources, source)
+
+
+@given(data=st.data())
+def test_gguf_files(sources, data):
+    content = (sources / "gguf" / "model.gguf").read_bytes()
+    path = sources / "changed.gguf"
+    path.write_bytes(data.draw(edited(content)))
+    check_source(sources, path)
