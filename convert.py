@@ -20,7 +20,6 @@ import contextlib
 import functools
 import json
 import math
-import mmap
 import os
 import re
 import shutil
@@ -43,6 +42,7 @@ from tqdm import tqdm
 import llama3
 import tokenizer_setup
 from checkpoint_files import (
+    GGUF,
     MAPPABLE,
     PARAMS_LIMITS,
     CheckpointError,
@@ -56,6 +56,7 @@ from checkpoint_files import (
     out_of_memory,
     quoted,
     read_file,
+    read_gguf,
     read_json_object,
     refuse_other_computation,
     say,
@@ -783,145 +784,6 @@ def hf_vocabulary(folder: Path) -> Vocabulary:
 
 # --- GGUF -----------------------------------------------------------------------------------------
 
-# https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The gguf package knows the types of
-# tensors and dequantizes them; the header is read here, because its counts and lengths may be
-# anything and its strings a million, for each of which that package keeps two arrays.
-_SCALARS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
-_STRING, _ARRAY = 8, 9
-
-
-MOST_VALUES = 2**22  # in a list, or bytes in a text: a vocabulary has half a million merges
-
-
-class _Header:
-    """A place in the bytes of a GGUF file, from where values are read one after the other."""
-
-    def __init__(self, path: Path, content: mmap.mmap) -> None:
-        self.path, self.content, self.at = path, content, 0
-
-    def skip(self, size: int) -> int:
-        """Go on by so many bytes; returns where they begin. Raises CheckpointError at the end."""
-        if size > len(self.content) - self.at:
-            end = f"it ends before its header does, after {len(self.content)} bytes"
-            raise CheckpointError(self.path, f"not a whole GGUF file: {end}; download it again")
-        self.at += size
-        return self.at - size
-
-    def check_count(self, count: int) -> None:
-        if count > MOST_VALUES:
-            self.skip(count)  # this is the usual reason
-            problem = f"found {count} values in its header, expected {MOST_VALUES} at most"
-            raise CheckpointError(self.path, problem)
-
-    def number(self, kind: str) -> Any:
-        return struct.unpack_from(f"<{kind}", self.content, self.skip(struct.calcsize(kind)))[0]
-
-    def text(self) -> str:
-        length = self.number("Q")
-        self.check_count(length)
-        start = self.skip(length)
-        return self.content[start : start + length].decode(errors="replace")
-
-    def value(self, wanted: bool) -> object:
-        """The value of a field, after its type; a list is read only if it is wanted."""
-        kind, count = self.number("I"), None
-        if kind == _ARRAY:
-            kind, count = self.number("I"), self.number("Q")
-        if kind == _STRING and count is not None:
-            self.check_count(count)
-            return [self.text() for _ in range(count)]
-        if kind == _STRING:
-            return self.text()
-        if kind not in _SCALARS:
-            problem = f"found a value of the unknown type {kind} in its header"
-            raise CheckpointError(self.path, problem)
-        if count is None:
-            return self.number(_SCALARS[kind])
-        start = self.skip(count * struct.calcsize(_SCALARS[kind]))
-        if not wanted:
-            return None
-        self.check_count(count)
-        return [*struct.unpack_from(f"<{count}{_SCALARS[kind]}", self.content, start)]
-
-
-class GGUF(NamedTuple):
-    """What the header of a GGUF file says."""
-
-    fields: dict[str, object]
-    tensors: dict[str, tuple[tuple[int, ...], int, int]]  # shape, type, place in the file
-
-
-def read_gguf(path: Path) -> GGUF:
-    """The header of a GGUF file, every place in it within the file. Raises CheckpointError."""
-    sizes = needed_package("gguf", path).GGML_QUANT_SIZES
-    try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            header = _Header(path, data)
-            if data[:4] != b"GGUF":
-                found = describe_file(data[:4096]) or "neither GGUF nor anything known"
-                raise CheckpointError(path, f"found {found}, expected a GGUF file")
-            header.at = 4
-            version = header.number("I")
-            if version not in (2, 3):
-                found = (
-                    "a big-endian file" if version in (2 << 24, 3 << 24) else f"version {version}"
-                )
-                raise CheckpointError(path, f"found GGUF, {found}, expected version 2 or 3")
-            n_tensors, n_fields = header.number("Q"), header.number("Q")
-            header.check_count(n_tensors)
-            header.check_count(n_fields)
-            fields, found = {}, {}
-            for _ in range(n_fields):
-                key = header.text()
-                if key in fields:
-                    raise CheckpointError(path, f"{quoted(key, 80)} is there twice in its header")
-                fields[key] = header.value(wanted=key.startswith("tokenizer.ggml."))
-            for _ in range(n_tensors):
-                name, n_dims = header.text(), header.number("I")
-                if not 1 <= n_dims <= 4:
-                    problem = f"{one_line(name, 80)} has {n_dims} dimensions, expected 1 to 4"
-                    raise CheckpointError(path, problem)
-                if name in found:
-                    raise CheckpointError(path, f"{one_line(name, 80)} is there twice")
-                shape = tuple(header.number("Q") for _ in range(n_dims))[::-1]
-                found[name] = shape, header.number("I"), header.number("Q")
-            alignment, size = fields.get("general.alignment", 32), len(data)
-            if not (type(alignment) is int and alignment in [2**i for i in range(3, 21)]):
-                problem = f"its general.alignment is {quoted(alignment)}, expected 32 or the like"
-                raise CheckpointError(path, problem)
-            start = math.ceil(header.at / alignment) * alignment
-    except (OSError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        found = "an empty file" if "empty file" in str(error) else one_line(error)
-        raise CheckpointError(path, f"found {found}, expected a GGUF file") from None
-    tensors = {}
-    for name, (shape, kind, offset) in found.items():
-        if kind not in {int(known) for known in sizes}:
-            raise CheckpointError(path, f"{one_line(name, 80)} is of the unknown type {kind}")
-        block, block_bytes = next(sizes[known] for known in sizes if known == kind)
-        end = start + offset + math.prod(shape) // block * block_bytes
-        if math.prod(shape) == 0 or shape[-1] % block or offset % 8:
-            problem = f"{one_line(name, 80)} has shape {[*shape]} and offset {offset}"
-            raise CheckpointError(path, f"{problem}, which cannot be")
-        if end > size:
-            problem = f"{one_line(name, 80)} ends at {end}, but the file at {size} bytes"
-            raise CheckpointError(path, f"not a whole GGUF file: {problem}; download it again")
-        tensors[name] = shape, kind, start + offset
-    return GGUF(fields, tensors)
-
 
 def _dequantized(raw: np.ndarray, kind: int, shape: tuple[int, ...]) -> Tensor:
     """A bfloat16 copy of quantized rows, some of them at a time."""
@@ -1180,7 +1042,7 @@ def open_source(path: str | os.PathLike, keep: bool = True) -> Source:
         tied = config.get("tie_word_embeddings", "lm_head.weight" not in tensors)
         vocabulary = functools.partial(hf_vocabulary, path)
     else:
-        named, header = path, read_gguf(path)
+        named, header = path, read_gguf(path, needed_package("gguf", path).GGML_QUANT_SIZES)
         tensors, old = gguf_tensors(path, header, keep), "GGUF"
         params, biased = gguf_params(path, header, tensors)
         stored = {name: _from_gguf(name) for name in tensors if name != "rope_freqs.weight"}

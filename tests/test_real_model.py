@@ -114,3 +114,10 @@ def test_converted_it_is_the_same(path, source, weights, tmp_path):
     assert all(torch.equal(converted[name], weights[name]) for name in weights)
     there = tokenizer_setup.load_tokenizer(tmp_path / "meta" / "tokenizer.model")
     assert there.format == source.tokenizer().format
+
+
+def test_the_readmes_example_knows_ada_lovelace(path, capsys):
+    section = (ROOT / "README.md").read_text().split("## A real model in two lines")[1]
+    example = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+    exec(re.sub(r'"smollm2/[^"]*"', repr(str(path)), example), {})
+    assert "mathematician" in capsys.readouterr().out
