@@ -130,9 +130,10 @@ def test_greedy_tokens_equal_those_of_transformers(tmp_path, kind):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_weights_keep_their_type(tmp_path, dtype):
+@pytest.mark.parametrize("sharded", [False, True], ids=["one file", "several"])
+def test_weights_keep_their_type(tmp_path, sharded, dtype):
     model = made("qwen2", dtype)
-    saved(tmp_path / "hf", model)
+    saved(tmp_path / "hf", model, sharded)
     source = convert.open_source(tmp_path / "hf")
     state = model.state_dict()
     weights = source.weights()
@@ -1237,3 +1238,23 @@ def test_a_setup_of_wrong_types_is_refused(tmp_path, folder, capfd):
         ).err
         assert error.count("\n") == 1
         assert next(iter(change)) in error or "empty token" in error
+
+
+def test_internlm_is_llama_with_biases_under_another_config(tmp_path):
+    model = made("biased, as InternLM")
+    saved(tmp_path, model)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for key in ("attention_bias", "rope_parameters", "head_dim", "mlp_bias"):
+        del config[key]
+    config |= {"model_type": "internlm", "rotary": {"base": 10000, "type": "dynamic"}}
+    for bias in ({"bias": True}, {}):
+        (tmp_path / "config.json").write_text(json.dumps(config | bias))
+        source = convert.open_source(tmp_path)
+        logits = llama3.forward(TOKENS, loaded(source), source.config)
+        assert apart(logits, theirs(model)) < 1e-4
+    (tmp_path / "config.json").write_text(json.dumps(config | {"bias": False}))
+    with pytest.raises(CheckpointError, match="q_proj.bias is there, which contradicts"):
+        convert.open_source(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"rotary": {"type": "yarn"}}))
+    with pytest.raises(CheckpointError, match='"rotary" is'):
+        convert.open_source(tmp_path)
