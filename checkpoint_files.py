@@ -15,8 +15,9 @@ import pickletools
 import re
 import struct
 import sys
+import warnings
 import zipfile
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TextIO
@@ -484,6 +485,20 @@ def opened_for_pytorch(path: Path) -> Iterator[tuple[str, str]]:
         refuse_pickle(path, error)
 
 
+def content_of_weights(ckpt_dir: str | os.PathLike, load: Callable) -> tuple[Path, object]:
+    """The path of consolidated.00.pth and what is in it, whatever that is, mapped into memory.
+
+    load: torch.load. Where it cannot be mapped it is read, with a UserWarning; those of pickle
+    protocols are ignored, as what is wrong with them is raised. Raises CheckpointError.
+    """
+    path = find_weights(ckpt_dir)
+    with opened_for_pytorch(path) as (name, kind), warnings.catch_warnings(action="ignore"):
+        content = load(name, map_location="cpu", weights_only=True, mmap=kind == MAPPABLE)
+    if kind != MAPPABLE:
+        warnings.warn(f"{path} is {kind}: it is read as a whole, not mapped", stacklevel=3)
+    return path, content
+
+
 # Keys of params.json that change what is computed: other spellings of RoPE scaling, quantization,
 # and the parts of other architectures.
 OTHER_COMPUTATION = re.compile(
@@ -581,6 +596,18 @@ def check_weights(
     return weights
 
 
+def why_not_finite(weights: dict[str, Any], dtype: str) -> str:
+    """The reason for logits that are not finite numbers: a weight, or a type that overflows."""
+    dtype = dtype.removeprefix("torch.")
+    bad = next((name for name, weight in weights.items() if not weight.isfinite().all()), None)
+    reason = f"{bad} holds NaN or infinity"
+    if bad is None:
+        reason = f"{dtype} overflowed on the way, although all weights are finite"
+    if dtype == "float16":
+        reason += ", and float16 ends at 65504; compute in bfloat16 or float32 (--dtype)"
+    return reason
+
+
 # --- values ---------------------------------------------------------------------------------------
 
 
@@ -624,6 +651,12 @@ class Limits(NamedTuple):
         return f"{noun} from {json.dumps(self.low)} to {json.dumps(self.high)}"
 
 
+def swiglu_width(dim: int, multiple_of: int, multiplier: float | None = None) -> int:
+    """Width inside the feed-forward network (llama3/model.py in Meta's llama-models)."""
+    width = int((1 if multiplier is None else multiplier) * int(2 * 4 * dim / 3))
+    return math.ceil(width / multiple_of) * multiple_of
+
+
 # For the values in params.json. They are far beyond any model, and catch a file of another kind.
 PARAMS_LIMITS = {
     "dim": Limits(int, 1, 2**24),
@@ -641,6 +674,16 @@ PARAMS_LIMITS = {
     "rope_scaling_factor": Limits(float, 1, 1e6),
     "rope_divisors": Limits(tuple, 1e-6, 1e6),
     "max_seq_len": Limits(int, 1, 2**24),
+}
+
+# For the fields of llama3.Sampling.
+SAMPLING_LIMITS = {
+    "temperature": Limits(float, 0, 10**6),
+    "top_p": Limits(float, 0, 1),
+    "seed": Limits(int, 0, 2**63 - 1),
+    "top_k": Limits(int, 0, 2**24),
+    "min_p": Limits(float, 0, 1),
+    "repetition_penalty": Limits(float, 0.01, 100),
 }
 
 # By dim, for a params.json that gives no rope_scaling_factor: Meta's code uses 8 for every model,
@@ -669,4 +712,35 @@ def check_values(
         if not limit.allow(value):
             refuse_value(path, params, key, limit)
         values[key] = limit.kind(value)
+    return values
+
+
+def check_params(
+    path: Path, params: dict[str, object], optional: Collection[str]
+) -> dict[str, float]:
+    """The values of a params.json, as check_values has them, that are possible together.
+
+    Other keys than PARAMS_LIMITS has are ignored, unless they would change what is computed.
+    Without rope_scaling_factor, ROPE_SCALING_FACTORS goes before the default. Raises
+    CheckpointError, which names the key.
+    """
+    values = check_values(path, params, PARAMS_LIMITS, optional)
+
+    def refuse(key: str, expected: str) -> NoReturn:
+        refuse_value(path, params, key, expected)
+
+    if "rope_scaling_factor" in values and not values.get("use_scaled_rope"):
+        refuse("use_scaled_rope", 'true where there is a "rope_scaling_factor", or neither')
+    if values["dim"] in ROPE_SCALING_FACTORS:
+        values.setdefault("rope_scaling_factor", ROPE_SCALING_FACTORS[values["dim"]])
+    dim, n_heads = values["dim"], values["n_heads"]
+    head_dim = values.get("head_dim", dim // n_heads)
+    if (dim % n_heads and "head_dim" not in values) or head_dim % 2 or not head_dim:
+        refuse("n_heads", f'a number that cuts "dim" ({dim}) into heads of even width')
+    if n_heads % values.get("n_kv_heads", n_heads):
+        refuse("n_kv_heads", f'a number that divides "n_heads" ({n_heads})')
+    divisors = values.get("rope_divisors")
+    if divisors is not None and (values.get("use_scaled_rope") or len(divisors) != head_dim // 2):
+        refuse("rope_divisors", f'{head_dim // 2} numbers, and no "use_scaled_rope"')
+    refuse_other_computation(path, params, known=PARAMS_LIMITS, same={"hidden_act": "silu"})
     return values

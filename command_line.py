@@ -13,6 +13,7 @@ if sys.version_info < (3, 11):  # noqa: UP036 (llama3.py comes here first, whate
     sys.exit(2)
 
 import argparse
+import codecs
 import contextlib
 import functools
 import json
@@ -25,7 +26,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 from tqdm import tqdm
@@ -35,6 +36,7 @@ import llama3
 import tokenizer_setup
 from checkpoint_files import (
     CONTROL_CHARACTERS,
+    SAMPLING_LIMITS,
     CheckpointError,
     Limits,
     bytes_to_read,
@@ -48,6 +50,7 @@ DEMO_DIR = Path(__file__).resolve().parent / "demo"
 THREADS_BYTES = 2**28  # of address space for PyTorch's threads, which end the process without it
 COMPILED_FROM_BYTES = 5e8  # of weights: below, compiling takes longer than it saves
 MAX_PROMPT_BYTES = 2**26  # more than any context holds, and not more than is quickly read
+MAX_SCORED_BYTES = 2**30
 
 
 class UsageError(ValueError):
@@ -136,15 +139,37 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     positive = number(Limits(int, 1, 2**24))
-    sampling = {name: number(limits) for name, limits in llama3.SAMPLING_LIMITS.items()}
+    sampling = {name: number(limits) for name, limits in SAMPLING_LIMITS.items()}
 
-    prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", help="the text to continue", metavar="TEXT")
-    prompt.add_argument(
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--prompt",
+        help="the text to continue; given several times, the texts go through as one batch, and "
+        "their completions are numbered",
+        metavar="TEXT",
+        action="append",
+    )
+    what.add_argument(
         "--prompt-file",
         help="file with the text to continue, - for standard input; a line break at its end is "
-        "left out",
+        "left out; may be given several times",
         metavar="FILE",
+        action="append",
+    )
+    what.add_argument(
+        "--score",
+        help="file with a text, - for standard input, of which no continuation is made: a line of "
+        "JSON says how likely the model finds it; a text longer than the context is read in "
+        "windows that overlap by half",
+        metavar="FILE",
+    )
+    parser.add_argument("--by-line", help="with --score: every line is a text", action="store_true")
+    parser.add_argument(
+        "--logprobs",
+        help="write a line of JSON for each new token, with its probability and those of the K "
+        "likeliest, as logarithms, before temperature and filters",
+        metavar="K",
+        type=number(Limits(int, 0, 1000)),
     )
     parser.add_argument(
         "--ckpt-dir",
@@ -178,6 +203,27 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="P",
         type=sampling["top_p"],
         default=llama3.GREEDY.top_p,
+    )
+    parser.add_argument(
+        "--top-k",
+        help="draw among the K likeliest tokens (default: 0, all)",
+        metavar="K",
+        type=sampling["top_k"],
+        default=llama3.GREEDY.top_k,
+    )
+    parser.add_argument(
+        "--min-p",
+        help="draw among tokens at least P times as likely as the likeliest (default: 0)",
+        metavar="P",
+        type=sampling["min_p"],
+        default=llama3.GREEDY.min_p,
+    )
+    parser.add_argument(
+        "--repetition-penalty",
+        help="more than 1 makes tokens of prompt and completion less likely (default: 1)",
+        metavar="X",
+        type=sampling["repetition_penalty"],
+        default=llama3.GREEDY.repetition_penalty,
     )
     parser.add_argument(
         "--seed",
@@ -222,7 +268,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="end with a line of JSON on standard error",
         action="store_true",
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.by_line and not args.score:
+        parser.error("argument --by-line: it goes with --score FILE")
+    if args.score and args.logprobs is not None:
+        parser.error("argument --logprobs: not allowed with argument --score")
+    return args
+
+
+def sampling_of(args: argparse.Namespace) -> llama3.Sampling:
+    """How the next token is chosen, by the options."""
+    return llama3.Sampling(**{name: getattr(args, name) for name in llama3.Sampling._fields})
 
 
 def default_checkpoint() -> Path:
@@ -269,39 +325,51 @@ def _decode(content: bytes, origin: str) -> str:
         raise UsageError(f"{origin}: found {found}{looks}, expected text in UTF-8") from None
 
 
-def read_prompt(args: argparse.Namespace) -> str:
-    """The text of --prompt or --prompt-file. Raises UsageError if it is none."""
-    if args.prompt_file is None:
-        try:
-            args.prompt.encode()
-            return args.prompt
-        except UnicodeEncodeError:  # bytes that the locale cannot spell, or that nothing can
-            origin = "argument --prompt"
-        try:
-            return _decode(os.fsencode(args.prompt), origin)
-        except UnicodeEncodeError:
-            raise UsageError(f"{origin}: found half a character, expected text") from None
-    origin = "standard input" if args.prompt_file == "-" else args.prompt_file
+def from_argument(text: str) -> str:
+    """The text of --prompt. Raises UsageError if it is none."""
     try:
-        if args.prompt_file != "-":
-            with open(args.prompt_file, "rb") as file:
-                content = file.read(MAX_PROMPT_BYTES + 1)
+        text.encode()
+        return text
+    except UnicodeEncodeError:  # bytes that the locale cannot spell, or that nothing can
+        origin = "argument --prompt"
+    try:
+        return _decode(os.fsencode(text), origin)
+    except UnicodeEncodeError:
+        raise UsageError(f"{origin}: found half a character, expected text") from None
+
+
+def from_file(option: str, path: str, limit: int) -> str:
+    """The text in a file of at most `limit` bytes; "-" is standard input. Raises UsageError."""
+    origin = "standard input" if path == "-" else path
+    try:
+        if path != "-":
+            with open(path, "rb") as file:
+                content = file.read(limit + 1)
         elif sys.stdin is None:
             raise UsageError("standard input is closed, so there is nothing to read from")
         elif hasattr(sys.stdin, "buffer"):
-            content = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
+            content = sys.stdin.buffer.read(limit + 1)
         else:
-            content = sys.stdin.read(MAX_PROMPT_BYTES + 1).encode()
+            content = sys.stdin.read(limit + 1).encode()
     except (OSError, ValueError) as error:
         if isinstance(error, UsageError):
             raise
         problem = getattr(error, "strerror", None) or one_line(error)
-        raise UsageError(f"argument --prompt-file: {origin}: cannot be read: {problem}") from None
-    if len(content) > MAX_PROMPT_BYTES:
-        problem = f"found more than {MAX_PROMPT_BYTES} bytes, which no context holds"
-        raise UsageError(f"argument --prompt-file: {origin}: {problem}")
-    text = _decode(content.removeprefix(b"\xef\xbb\xbf"), f"argument --prompt-file: {origin}")
-    return text.removesuffix("\n").removesuffix("\r") if text.endswith("\n") else text
+        raise UsageError(f"argument {option}: {origin}: cannot be read: {problem}") from None
+    if len(content) > limit:
+        problem = f"found more than {limit} bytes, which no context holds"
+        if option == "--score":
+            problem = f"found more than {limit} bytes; cut it in parts"
+        raise UsageError(f"argument {option}: {origin}: {problem}")
+    return _decode(content.removeprefix(b"\xef\xbb\xbf"), f"argument {option}: {origin}")
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """The texts of --prompt or --prompt-file. Raises UsageError if one is none."""
+    if args.prompt is not None:
+        return [from_argument(text) for text in args.prompt]
+    texts = [from_file("--prompt-file", path, MAX_PROMPT_BYTES) for path in args.prompt_file]
+    return [t.removesuffix("\n").removesuffix("\r") if t.endswith("\n") else t for t in texts]
 
 
 def check_room(
@@ -370,18 +438,24 @@ def amount(size: float) -> str:
 
 
 def bytes_needed(
-    config: llama3.Config, weights: float, itemsize: int, prompt_tokens: int, new_tokens: int
+    config: llama3.Config,
+    weights: float,
+    itemsize: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    batch: int = 1,
 ) -> dict[str, float]:
     """What the weights, the cache and the work on a block of the prompt take, about.
 
     weights: their bytes; itemsize: bytes of a number of the cache and of the activations. Scores
     exist several times: as products, scaled, masked, in float32, and as shares.
     """
-    position = 2 * config.n_layers * config.n_kv_heads * config.head_dim * itemsize
+    position = 2 * config.n_layers * config.n_kv_heads * config.head_dim * itemsize * batch
     block = min(prompt_tokens, llama3.PREFILL_TOKENS)
     most = max(llama3.MOST_SCORES, config.n_heads * prompt_tokens * 32)
-    scores = min(config.n_heads * block * prompt_tokens, most) * (10 if itemsize == 2 else 8)
-    activations = block * (3 * config.ffn_dim + 8 * config.dim) * itemsize
+    scores = batch * min(config.n_heads * block * prompt_tokens, most)
+    scores *= 10 if itemsize == 2 else 8
+    activations = batch * block * (3 * config.ffn_dim + 8 * config.dim) * itemsize
     return {
         "weights": weights,
         "cache": position * (prompt_tokens + new_tokens),
@@ -421,14 +495,15 @@ def check_memory(
     dtype: torch.dtype,
     prompt_tokens: int,
     new_tokens: int,
+    batch: int = 1,
 ) -> None:
-    """Raise UsageError if the model and the prompt need more memory than is free.
+    """Raise UsageError if the model and the prompts need more memory than is free.
 
     Notes if the completion may.
     """
 
     def needed(prompt: int, new: int) -> dict[str, float]:
-        return bytes_needed(config, weights_bytes, dtype.itemsize, prompt, new)
+        return bytes_needed(config, weights_bytes, dtype.itemsize, prompt, new, batch)
 
     free = free_bytes(device)
     parts = needed(prompt_tokens, 1)
@@ -512,13 +587,34 @@ def worth_compiling(weights: llama3.Weights, device: torch.device) -> bool:
     return large and any(shutil.which(name) for name in compilers if name)
 
 
+@torch.inference_mode()
+def compiled_products(weights: llama3.Weights) -> llama3.Weights:
+    """The same weights, with products of one token compiled for the processor, which takes seconds.
+
+    Raises what torch.compile raises, and RuntimeError for wrong results.
+    """
+    fast = llama3.Weights(weights)
+    fast.one_token = torch.compile(llama3.multiply_and_sum, dynamic=False)
+    kinds = {}
+    for name, weight in weights.items():
+        if weight.dim() == 2 and "embeddings" not in name:
+            torch._dynamo.mark_dynamic(weight, 0)  # one loop for all matrices with as many inputs
+            kinds[weight.dtype, weight.shape[1]] = name.removesuffix(".weight")
+    for (_, inputs), name in kinds.items():
+        x = torch.linspace(-1, 1, inputs).to(weights["norm.weight"])[None]
+        y, expected = llama3.linear(x, fast, name), llama3.linear(x, weights, name)
+        if not (y - expected).abs().max() <= 0.02 * expected.abs().max():
+            raise RuntimeError(f"the compiled product with {name} is wrong")
+    return fast
+
+
 def compiled(weights: llama3.Weights) -> llama3.Weights:
     """The weights with compiled products of one token, or as they are where that fails."""
     start = time.perf_counter()
     logging.disable(logging.ERROR)  # what the compiler has to say is for those who develop it
     try:
         with warnings.catch_warnings(action="ignore"):
-            weights = llama3.compiled_products(weights)
+            weights = compiled_products(weights)
         note(f"products of one token were compiled in {time.perf_counter() - start:.1f} s")
     except Exception as error:  # it fails in many ways
         reason = one_line(str(error).partition("\n")[0] or error)
@@ -528,19 +624,24 @@ def compiled(weights: llama3.Weights) -> llama3.Weights:
     return weights
 
 
-# --- a completion ---------------------------------------------------------------------------------
+# --- a model --------------------------------------------------------------------------------------
 
 
-def run(args: argparse.Namespace) -> int:
-    """Load the model and stream its completion of the prompt; returns the exit status.
+class Model(NamedTuple):
+    """What all that is done with a model needs."""
 
-    Raises CheckpointError and UsageError; what is cheap to check is checked before the weights
-    are loaded.
+    config: llama3.Config
+    tokenizer: tokenizer_setup.Tokenizer
+    max_seq_len: int
+    load: Callable[..., llama3.Weights]  # for so many prompt tokens, new tokens, and prompts
+
+
+def opened(args: argparse.Namespace) -> Model:
+    """The model that the options name, but for its weights.
+
+    They are loaded by `load`, which raises UsageError if memory does not suffice. Raises
+    CheckpointError and UsageError.
     """
-    start = time.perf_counter()
-    if sys.stdout is None:
-        raise UsageError("standard output is closed, so there is nowhere to write to")
-    prompt = read_prompt(args)
     ckpt_dir = args.ckpt_dir or default_checkpoint()
     device = choose_device(args.device)
     if args.threads:
@@ -548,60 +649,211 @@ def run(args: argparse.Namespace) -> int:
     source = convert.open_source(ckpt_dir) if convert.is_source(ckpt_dir) else None
     if source:
         note(f"found in {ckpt_dir}: {source.found}")
-        config, described, copied = source.config, source.described, source.copied_bytes()
+        config = source.config
     else:
         check_file(ckpt_dir)
-        config, copied = llama3.load_config(ckpt_dir), 0
+        config = llama3.load_config(ckpt_dir)
     if source and not args.tokenizer:
         tokenizer = source.tokenizer()
     else:
         tokenizer = tokenizer_setup.load_tokenizer(args.tokenizer or ckpt_dir / "tokenizer.model")
     exact = not source and tokenizer_setup.is_llama3(tokenizer)
     check_vocabulary(tokenizer, config, exact)
-    spelled = tokenizer_setup.special_tokens_in(tokenizer, prompt)
-    if spelled:
-        note(f"the prompt is plain text, in which {spelled[0]} is no special token")
-    prompt_tokens = tokenizer_setup.encode(tokenizer, prompt)
-    if not prompt_tokens:
-        raise UsageError("the prompt is empty, and this model has no token that begins a text")
-    max_seq_len = args.max_seq_len or config.max_seq_len
-    check_room(len(prompt_tokens), args.max_new_tokens, max_seq_len, config)
-    n_new = min(args.max_new_tokens, max_seq_len - len(prompt_tokens))
-    if not source:
-        weights = described = llama3.map_weights(ckpt_dir, config)
-    dtype = llama3.DTYPES.get(args.dtype) or llama3.default_dtype(described, device)
-    weights_bytes = bytes_of_weights(described, device, dtype, copied)
-    check_memory(config, weights_bytes, device, dtype, len(prompt_tokens), n_new)
-    loading = bar("loading", "tensors", delay=0.5)
-    if source:
-        weights = source.load_weights(device, dtype, loading)
-    else:
-        weights = llama3.place_weights(weights, device, dtype, loading)
-    if args.compile or (args.compile is None and worth_compiling(weights, device)):
-        weights = compiled(weights)
+
+    def load(prompt_tokens: int, new_tokens: int, batch: int = 1) -> llama3.Weights:
+        weights = source.described if source else llama3.map_weights(ckpt_dir, config)
+        dtype = llama3.DTYPES.get(args.dtype) or llama3.default_dtype(weights, device)
+        copied = source.copied_bytes() if source else 0
+        size = bytes_of_weights(weights, device, dtype, copied)
+        check_memory(config, size, device, dtype, prompt_tokens, new_tokens, batch)
+        loading = bar("loading", "tensors", delay=0.5)
+        if source:
+            weights = source.load_weights(device, dtype, loading)
+        else:
+            weights = llama3.place_weights(weights, device, dtype, loading)
+        if args.compile or (args.compile is None and worth_compiling(weights, device)):
+            weights = compiled(weights)
+        return weights
+
+    return Model(config, tokenizer, args.max_seq_len or config.max_seq_len, load)
+
+
+# --- completions ----------------------------------------------------------------------------------
+
+Steps = Iterator[tuple[torch.Tensor, torch.Tensor]]
+
+
+def text_of(tokenizer: tokenizer_setup.Tokenizer, token: int) -> str:
+    """The text of one token; U+FFFD for a part of a character."""
+    return tokenizer.decode_single_token_bytes(token).decode(errors="replace")
+
+
+def numbered(tokenizer: tokenizer_setup.Tokenizer, steps: Steps, n: int) -> Iterator[str]:
+    """The completions of n prompts, one after the other, each as soon as the one before has ended.
+
+    "[1] " goes before the first, and a line break after each.
+    """
+    decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in range(n)]
+    waiting = [f"[{i}] " for i in range(1, n + 1)]
+    ended, current = [False] * n, 0
+    for tokens, _ in steps:
+        for i, token in enumerate(tokens.tolist()):
+            if token >= 0:
+                piece = tokenizer.decode_single_token_bytes(token)
+                waiting[i] += decoders[i].decode(piece)
+            else:
+                ended[i] = True
+        yield waiting[current]
+        waiting[current] = ""
+        while ended[current] and current < n - 1:
+            yield decoders[current].decode(b"", final=True) + "\n"
+            current += 1
+            yield waiting[current]
+            waiting[current] = ""
+    for i in range(current, n):
+        yield waiting[i] + decoders[i].decode(b"", final=True) + "\n"
+
+
+def as_json(
+    tokenizer: tokenizer_setup.Tokenizer, steps: Steps, n_prompts: int, k: int
+) -> Iterator[str]:
+    """A line of JSON for each new token, as --logprobs has it."""
+
+    def entry(token: int, logprob: float) -> dict[str, object]:
+        text = text_of(tokenizer, token)
+        return {"token": token, "text": text, "logprob": round(logprob, 6)}
+
+    for tokens, logprobs in steps:
+        likeliest = logprobs[:, : tokenizer.n_vocab].topk(min(k, tokenizer.n_vocab))
+        for i, token in enumerate(tokens.tolist()):
+            if token >= 0:
+                of_prompt = {"prompt": i + 1} if n_prompts > 1 else {}
+                line = of_prompt | entry(token, logprobs[i, token].item())
+                others, values = likeliest.indices[i].tolist(), likeliest.values[i].tolist()
+                line["top"] = [entry(*other) for other in zip(others, values, strict=True)]
+                yield json.dumps(line, ensure_ascii=False) + "\n"
+
+
+def complete(args: argparse.Namespace) -> int:
+    """Stream the completion of the prompt, or of several; returns the exit status."""
+    start = time.perf_counter()
+    prompts = read_prompts(args)
+    config, tokenizer, max_seq_len, load = opened(args)
+    encoded = []
+    for prompt in prompts:
+        spelled = tokenizer_setup.special_tokens_in(tokenizer, prompt)
+        if spelled:
+            note(f"the prompt is plain text, in which {spelled[0]} is no special token")
+        encoded.append(tokenizer_setup.encode(tokenizer, prompt))
+        if not encoded[-1]:
+            raise UsageError("the prompt is empty, and this model has no token that begins a text")
+    n_prompt = max(map(len, encoded))
+    check_room(n_prompt, args.max_new_tokens, max_seq_len, config)
+    n_new = min(args.max_new_tokens, max_seq_len - n_prompt)
+    weights = load(n_prompt, n_new, len(encoded))
     load_s = time.perf_counter() - start
 
-    tokens = llama3.generate(
-        prompt_tokens,
+    steps = llama3.steps(
+        encoded,
         weights,
         config,
         max_new_tokens=args.max_new_tokens,
-        sampling=llama3.Sampling(args.temperature, args.top_p, args.seed),
+        sampling=sampling_of(args),
         stop_tokens=tokenizer_setup.stop_tokens(tokenizer),
         max_seq_len=max_seq_len,
         n_vocab=tokenizer.n_vocab,
         progress=bar("reading the prompt", "blocks", delay=2),
     )
     times = [time.perf_counter()]  # of the start, then of every token
-    texts = tokenizer_setup.decode_stream(tokenizer, timed(tokens, times))
+    steps = timed(steps, times)
+    if args.logprobs is not None:
+        texts = as_json(tokenizer, steps, len(encoded), args.logprobs)
+    elif len(encoded) > 1:
+        texts = numbered(tokenizer, steps, len(encoded))
+    else:
+        texts = tokenizer_setup.decode_stream(tokenizer, (tokens.item() for tokens, _ in steps))
     try:
         stream(texts)
         status = 0
     except KeyboardInterrupt:  # what was written stays
         status = 130
     if args.stats:
-        say(json.dumps(stats_of(load_s, len(prompt_tokens), times, device)))
+        device = weights["norm.weight"].device
+        say(json.dumps(stats_of(load_s, sum(map(len, encoded)), times, device)))
     return status
+
+
+# --- scores ---------------------------------------------------------------------------------------
+
+
+def windows(n_tokens: int, window: int) -> Iterator[tuple[int, int]]:
+    """Where each window over so many tokens begins, and the first token that it scores.
+
+    They overlap by half, so that every token has half a window before it, or all there is.
+    """
+    yield 0, 1
+    stride = max(window - window // 2, 1)
+    for begin in range(stride, n_tokens - window + stride, stride):
+        yield begin, begin + window - stride
+
+
+def score(args: argparse.Namespace) -> int:
+    """Write how likely the model finds a text, or every line of one; returns the exit status."""
+    start = time.perf_counter()
+    text = from_file("--score", args.score, MAX_SCORED_BYTES)
+    config, tokenizer, max_seq_len, load = opened(args)
+    if max_seq_len < 2:
+        raise UsageError("--max-seq-len 1: a score needs a context of 2 tokens at least")
+    documents = text.splitlines() if args.by_line else [text]
+    encoded = [tokenizer_setup.encode(tokenizer, document) for document in documents]
+    longest = max(map(len, encoded), default=0)
+    if longest > max_seq_len:
+        overlap = f"{max_seq_len} that overlap by {max_seq_len // 2}"
+        note(f"texts of up to {longest} tokens are read in windows of {overlap}")
+    weights = load(min(longest, max_seq_len), 0)
+    load_s = time.perf_counter() - start
+    total = sum(map(len, encoded))
+    progress = tqdm(total=total, desc="scoring", unit=" tokens", leave=False, disable=None)
+
+    def lines() -> Iterator[str]:
+        for document, tokens in zip(documents, encoded, strict=True):
+            nll, n = 0.0, max(len(tokens) - 1, 0)
+            for begin, first in windows(len(tokens), max_seq_len) if n else ():
+                window = tokens[begin : begin + max_seq_len]
+                scored = llama3.score(window, weights, config, first=first - begin)
+                if not scored.isfinite().all():
+                    raise FloatingPointError("the scores are not finite numbers")
+                nll -= scored.double().sum().item()
+                progress.update(len(scored))
+            size = len(document.encode(errors="replace"))
+            line = {"tokens": n, "nll": round(nll, 4)}
+            line["perplexity"] = float(f"{math.exp(min(nll / n, 700)):.6g}") if n else None
+            line["bits_per_byte"] = float(f"{nll / math.log(2) / size:.6g}") if n and size else None
+            yield json.dumps(line) + "\n"
+
+    begin = time.perf_counter()
+    try:
+        stream(lines())
+        status = 0
+    except KeyboardInterrupt:  # what was written stays
+        status = 130
+    finally:
+        progress.close()
+    if args.stats:
+        stats = {"load_s": round(load_s, 4), "tokens": total}
+        stats["score_s"] = round(time.perf_counter() - begin, 4)
+        say(json.dumps(stats | {"peak_rss_bytes": peak_rss_bytes()}))
+    return status
+
+
+# --- what is asked for ----------------------------------------------------------------------------
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what the options ask for; returns the exit status. Raises CheckpointError, UsageError."""
+    if sys.stdout is None:
+        raise UsageError("standard output is closed, so there is nowhere to write to")
+    return score(args) if args.score else complete(args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

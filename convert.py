@@ -47,6 +47,7 @@ from checkpoint_files import (
     PARAMS_LIMITS,
     CheckpointError,
     Limits,
+    check_params,
     check_values,
     check_weights,
     describe_file,
@@ -60,6 +61,7 @@ from checkpoint_files import (
     read_json_object,
     refuse_other_computation,
     say,
+    swiglu_width,
 )
 from tokenizer_setup import SPECIAL_TOKENS, TextFormat, Tokenizer
 
@@ -347,7 +349,7 @@ def meta_params(values: dict[str, Any]) -> dict[str, object]:
     dim, ffn_dim = values["dim"], values["ffn_dim"]
     params = dict(values)
     for multiple_of, multiplier in FFN_FORMULAS:
-        if llama3.swiglu_width(dim, multiple_of, multiplier) == ffn_dim:
+        if swiglu_width(dim, multiple_of, multiplier) == ffn_dim:
             del params["ffn_dim"]
             break
     else:
@@ -1052,7 +1054,7 @@ def open_source(path: str | os.PathLike, keep: bool = True) -> Source:
         types = "/".join(sorted({t.stored_as for t in tensors.values() if len(t.shape) > 1}))
         types += ", made bfloat16" * any(t.is_copy for t in tensors.values())
         vocabulary = functools.partial(gguf_vocabulary, path, header.fields)
-    config = llama3.make_config(params, named)
+    config = llama3.Config(**check_params(named, params, llama3.Config._field_defaults))
     for name, metas in stored.items():
         if metas is None:
             problem = (

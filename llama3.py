@@ -28,43 +28,21 @@ if __name__ == "__main__":  # the command, which imports this file as the module
         raise SystemExit(130) from None
     raise SystemExit(command_line.main())
 
-import functools
+import itertools
 import math
 import numbers
 import os
-import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from checkpoint_files import (
-    MAPPABLE,
-    PARAMS_LIMITS,
-    ROPE_SCALING_FACTORS,
-    Limits,
-    check_values,
-    check_weights,
-    embeddings_in,
-    find_file,
-    find_weights,
-    one_line,
-    opened_for_pytorch,
-    read_json_object,
-    refuse_other_computation,
-    refuse_value,
-)
+import checkpoint_files as files
+from checkpoint_files import SAMPLING_LIMITS, Limits, one_line
 
 # --- 1. Config ------------------------------------------------------------------------------------
-
-
-def swiglu_width(dim: int, multiple_of: int, multiplier: float | None = None) -> int:
-    """Width inside the feed-forward network (llama3/model.py in Meta's llama-models)."""
-    width = int((1 if multiplier is None else multiplier) * int(2 * 4 * dim / 3))
-    return math.ceil(width / multiple_of) * multiple_of
 
 
 class _ConfigFields(NamedTuple):
@@ -93,7 +71,7 @@ class Config(_ConfigFields):
         follows = {
             "n_kv_heads": given.n_heads,
             "head_dim": given.dim // given.n_heads,
-            "ffn_dim": swiglu_width(given.dim, given.multiple_of, given.ffn_dim_multiplier),
+            "ffn_dim": files.swiglu_width(given.dim, given.multiple_of, given.ffn_dim_multiplier),
             "max_seq_len": 131072 if given.use_scaled_rope else 8192,
         }
         missing = (key for key in follows if getattr(given, key) is None)
@@ -260,6 +238,7 @@ def repeat_heads(x: Tensor, times: int) -> Tensor:
 
 MOST_SCORES = 2**22  # of attention, at a time
 PREFILL_TOKENS = 1024  # of a prompt at a time: enough to keep the processor busy
+SCORED_LOGITS = 2**24  # at a time: 64 MB
 
 
 def grouped_query_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
@@ -278,10 +257,12 @@ def grouped_query_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) ->
     for i in range(blocks):
         block = slice(T * i // blocks, T * (i + 1) // blocks)
         rows = q[..., block, :].unflatten(-3, (-1, group)).flatten(-3, -2)  # [..., K, G * T, d]
-        seen = visible[block]
-        if seen.dim() == 1:
-            seen = torch.arange(L, device=q.device) <= seen[:, None]  # [T, L]
-        shares = attention_shares(rows, k, torch.cat([seen] * group))  # row g * T + t: head g
+        if visible.dim() == 1:
+            seen = torch.arange(L, device=q.device) <= visible[block, None]  # [T, L]
+        else:
+            seen = visible[..., block, :]
+        seen = torch.cat([seen] * group, dim=-2)  # row g * T + t: head g
+        shares = attention_shares(rows, k, seen)
         heads[..., block, :] = (shares @ v).unflatten(-2, (group, -1)).flatten(-4, -3)
     return heads
 
@@ -325,6 +306,7 @@ def forward(
     *,
     positions: Tensor | None = None,
     cache: Tensor | None = None,
+    starts: Tensor | None = None,
     last_only: bool = False,
 ) -> Tensor:
     """The whole model: tokens [..., T] -> logits, float32 [..., T, vocab_size].
@@ -335,15 +317,19 @@ def forward(
     cache: see `new_cache`. The keys and values of the tokens are written into it at `positions`,
         and each token attends to what it holds up to the token's own position. Give a part of
         the cache, cache[..., :L, :], to leave the positions from L on untouched and unread.
+    starts: the first position of each row of a batch that is padded on the left, int64 [B]; those
+        before are hidden. (RoPE needs to know nothing of it: only differences of positions count.)
     last_only: compute the logits of the last token only, [..., 1, vocab_size].
     """
     in_order = positions is None or cache is not None  # the key of position i is the one at i
     if positions is None:
         positions = torch.arange(tokens.shape[-1], device=tokens.device)
     visible = positions  # for a long sequence: attention makes the parts of the mask that it needs
-    if not in_order or len(positions) <= PREFILL_TOKENS:
+    if not in_order or starts is not None or len(positions) <= PREFILL_TOKENS:
         keys = positions if cache is None else torch.arange(cache.shape[-2], device=tokens.device)
         visible = keys <= positions[:, None]  # [T, L]: none may look ahead
+        if starts is not None:  # [B, 1, T, L]; padding sees itself, for a softmax of nothing is NaN
+            visible = visible & (keys >= starts[:, None, None, None]) | (keys == positions[:, None])
     rotations = rope_rotations(positions, config)  # [T, d / 2]
 
     x = weights["tok_embeddings.weight"][tokens].to(weights["norm.weight"].dtype)  # [..., T, dim]
@@ -361,7 +347,7 @@ def forward(
     return linear(x, weights, "output").float()
 
 
-def _one_token(x: Tensor, w: Tensor) -> Tensor:
+def multiply_and_sum(x: Tensor, w: Tensor) -> Tensor:
     """x @ w.T for one vector x [..., inputs], as it compiles to a loop that reads w once.
 
     It converts, multiplies and sums in float32 on the way. Of sums of more than 4096 numbers
@@ -371,27 +357,6 @@ def _one_token(x: Tensor, w: Tensor) -> Tensor:
     parts = next(n for n in range(1, inputs + 1) if inputs % n == 0 and inputs // n <= 4096)
     products = x.float().view(parts, -1) * w.float().unflatten(1, (parts, -1))
     return products.sum(-1).sum(-1).to(x.dtype).view(*x.shape[:-1], -1)
-
-
-@torch.inference_mode()
-def compiled_products(weights: Weights) -> Weights:
-    """The same weights, with products of one token compiled for the processor, which takes seconds.
-
-    Raises what torch.compile raises, and RuntimeError for wrong results.
-    """
-    fast = Weights(weights)
-    fast.one_token = torch.compile(_one_token, dynamic=False)
-    kinds = {}
-    for name, weight in weights.items():
-        if weight.dim() == 2 and "embeddings" not in name:
-            torch._dynamo.mark_dynamic(weight, 0)  # one loop for all matrices with as many inputs
-            kinds[weight.dtype, weight.shape[1]] = name.removesuffix(".weight")
-    for (_, inputs), name in kinds.items():
-        x = torch.linspace(-1, 1, inputs).to(weights["norm.weight"])[None]
-        y, expected = linear(x, fast, name), linear(x, weights, name)
-        if not (y - expected).abs().max() <= 0.02 * expected.abs().max():
-            raise RuntimeError(f"the compiled product with {name} is wrong")
-    return fast
 
 
 # --- 4. Generation --------------------------------------------------------------------------------
@@ -416,17 +381,13 @@ def longer_cache(cache: Tensor, length: int) -> Tensor:
     return longer
 
 
-SAMPLING_LIMITS = {
-    "temperature": Limits(float, 0, 10**6),
-    "top_p": Limits(float, 0, 1),
-    "seed": Limits(int, 0, 2**63 - 1),
-}
-
-
 class _SamplingFields(NamedTuple):
     temperature: float = 0.0  # 0 takes the likeliest token, more is more random
     top_p: float = 1.0  # draw among the likeliest tokens that have this probability together
     seed: int | None = None  # the same seed draws the same tokens; None: new ones every time
+    top_k: int = 0  # draw among the k likeliest tokens; 0: among all
+    min_p: float = 0.0  # draw among tokens with this share of the likeliest one's probability
+    repetition_penalty: float = 1.0  # more makes tokens that were there already less likely
 
 
 class Sampling(_SamplingFields):
@@ -450,93 +411,95 @@ class Sampling(_SamplingFields):
 GREEDY = Sampling()  # the likeliest token, always
 
 
-def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """Keep the likeliest tokens until their sum exceeds top_p, and scale them to sum to 1 again.
+def penalized(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Logits, of which those of `seen` tokens go down: divided by `penalty`, or times it below 0.
 
-    Top-p sampling (Holtzman et al. 2019). [..., vocab_size] -> [..., vocab_size]
+    The repetition penalty of CTRL (Keskar et al. 2019). logits [..., V], seen bool [..., V].
     """
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def _kept(probabilities: Tensor, keep: Tensor) -> Tensor:
+    """Some of the probabilities [..., V], scaled to sum to 1 again."""
+    kept = probabilities.masked_fill(~keep, 0.0)
+    return kept / kept.sum(-1, keepdim=True)
+
+
+def top_k(probabilities: Tensor, k: int) -> Tensor:
+    """Keep the k likeliest tokens, and any as likely as the last of them (Fan et al. 2018)."""
+    least = probabilities.topk(min(k, probabilities.shape[-1])).values[..., -1:]
+    return _kept(probabilities, probabilities >= least)
+
+
+def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+    """Keep the likeliest tokens until their sum exceeds top_p (top-p, Holtzman et al. 2019)."""
     ordered, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
     before = ordered.cumsum(-1) - ordered  # the sum of all likelier tokens
-    kept = ordered.masked_fill(before > top_p, 0.0)
-    kept = kept / kept.sum(-1, keepdim=True)
+    kept = _kept(ordered, before <= top_p)
     return torch.zeros_like(probabilities).scatter(-1, tokens, kept)
 
 
-def sample(
-    logits: Tensor, sampling: Sampling = GREEDY, generator: torch.Generator | None = None
-) -> Tensor:
-    """Choose a token: logits [vocab_size] or [B, vocab_size] -> int64 [] or [B].
+def min_p(probabilities: Tensor, share: float) -> Tensor:
+    """Keep tokens at least `share` times as likely as the likeliest one (Nguyen et al. 2024)."""
+    return _kept(probabilities, probabilities >= share * probabilities.amax(-1, keepdim=True))
 
-    The likeliest at temperature 0; else drawn from softmax(logits / temperature), cut to its
-    nucleus if top_p is less than 1. The seed is the generator's matter.
+
+def sample(
+    logits: Tensor,
+    sampling: Sampling = GREEDY,
+    generator: torch.Generator | None = None,
+    seen: Tensor | None = None,
+) -> Tensor:
+    """Choose a token: logits [V] or [B, V] -> int64 [] or [B]. The seed is the generator's matter.
+
+    First the repetition penalty goes to `seen` tokens, bool like the logits. Then at temperature 0
+    the likeliest is taken; else one is drawn from softmax(logits / temperature), of which first
+    top_k, then top_p and then min_p keep a part.
     """
+    if sampling.repetition_penalty != 1 and seen is not None:
+        logits = penalized(logits, seen, sampling.repetition_penalty)
     if sampling.temperature == 0:
         return logits.argmax(-1)
     logits = logits - logits.amax(-1, keepdim=True)  # so that no temperature makes inf - inf
     probabilities = torch.softmax(logits / max(sampling.temperature, 1e-30), dim=-1)
+    if sampling.top_k:
+        probabilities = top_k(probabilities, sampling.top_k)
     if sampling.top_p < 1:
         probabilities = nucleus(probabilities, sampling.top_p)
+    if sampling.min_p:
+        probabilities = min_p(probabilities, sampling.min_p)
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
 
 
 def check_finite(logits: Tensor, weights: Weights, step: int) -> None:
     """Raise FloatingPointError, with the reason, if the logits of a step are not finite numbers."""
     low, high = logits.aminmax()
-    if math.isfinite((high - low).item()):
-        return
-    dtype = str(weights["norm.weight"].dtype).removeprefix("torch.")
-    bad = next((name for name, weight in weights.items() if not weight.isfinite().all()), None)
-    reason = f"{bad} holds NaN or infinity"
-    if bad is None:
-        reason = f"{dtype} overflowed on the way, although all weights are finite"
-    if dtype == "float16":
-        reason += ", and float16 ends at 65504; compute in bfloat16 or float32 (--dtype)"
-    raise FloatingPointError(f"the logits of new token {step} are not finite numbers: {reason}")
+    if not math.isfinite((high - low).item()):
+        reason = files.why_not_finite(weights, str(weights["norm.weight"].dtype))
+        raise FloatingPointError(f"the logits of new token {step} are not finite numbers: {reason}")
 
 
-@torch.inference_mode()
-def _new_tokens(
-    prompt: Tensor,
-    n_new: int,
-    weights: Weights,
-    config: Config,
-    sampling: Sampling,
-    generator: torch.Generator,
-    stop_tokens: Collection[int],
-    n_vocab: int,
-    progress: Callable[[Iterable[Tensor]], Iterable[Tensor]],
-) -> Iterator[int]:
-    """The loop of `generate`: the prompt in blocks (prefill), then a token a step (decode)."""
-    n_prompt, n_most = len(prompt), len(prompt) + n_new
-    cache = new_cache(weights, config, min(n_prompt + 256, n_most))
-    decoding = Weights(weights)
-    decoding.one_token = getattr(weights, "one_token", None) or product_of_one
+class Context:
+    """The tokens that a model has read, and the cache of their keys and values, to go on from."""
 
-    def logits_after(tokens: Tensor, end: int, weights: Weights) -> Tensor:  # of tokens up to `end`
-        positions = torch.arange(end - len(tokens), end, device=prompt.device)
-        seen = cache[..., :end, :]
-        return forward(tokens, weights, config, positions=positions, cache=seen, last_only=True)
+    def __init__(self) -> None:
+        self.tokens: list[int] = []  # of the first row of a batch
+        self.cache: Tensor | None = None
 
-    end = 0
-    for tokens in progress(prompt.split(PREFILL_TOKENS)) if n_new else ():
-        end += len(tokens)
-        logits = logits_after(tokens, end, weights)
-    for step in range(1, n_new + 1):
-        if step > 1:
-            end += 1
-            if end > cache.shape[-2]:  # it grows by half: each position is copied twice on average
-                cache = longer_cache(cache, min(end + end // 2, n_most))
-            logits = logits_after(tokens, end, decoding)
-        check_finite(logits, weights, step)
-        tokens = sample(logits[..., :n_vocab], sampling, generator)  # [1]
-        token = tokens.item()
-        if token in stop_tokens:
-            return
-        yield token
+    def begin(self, prompts: list[list[int]], weights: Weights, config: Config, length: int) -> int:
+        """Keep what the only prompt begins with, but its last token; how many tokens that are."""
+        same = (a == b for a, b in zip(self.tokens, prompts[0][:-1], strict=False))
+        n = sum(itertools.takewhile(bool, same)) * (len(prompts) == 1)
+        del self.tokens[n:]
+        if n == 0:
+            self.cache = new_cache(weights, config, length, batch=[len(prompts)])
+        elif self.cache.shape[-2] < length:
+            self.cache = longer_cache(self.cache, length)
+        return n
 
 
-def generate(
-    prompt_tokens: Sequence[int],
+def steps(
+    prompts: Sequence[Sequence[int]],
     weights: Weights,
     config: Config,
     *,
@@ -545,38 +508,120 @@ def generate(
     stop_tokens: Collection[int] | int = (),
     max_seq_len: int | None = None,
     n_vocab: int | None = None,
+    context: Context | None = None,
     progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
-) -> Iterator[int]:
-    """Continue `prompt_tokens`: an iterator over the new tokens, each computed when asked for.
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Continue a batch of B prompts of any lengths: an iterator that computes a step when asked.
 
-    It ends after max_new_tokens, before the first of `stop_tokens`, or when prompt and
-    completion fill the context of max_seq_len tokens (by default config.max_seq_len). The random
-    numbers come from a generator of its own. The prompt may also be an array or a tensor, and a
-    single stop token a number. While the prompt is read, its blocks go through `progress`. Tokens
-    from n_vocab on are never chosen: a model may have more rows than its tokenizer has tokens.
+    A step gives the chosen tokens, int64 [B], and the logarithms of the probabilities that the
+    model gives to every token, before sampling, float32 [B, vocab_size]. A row that came to one of
+    `stop_tokens` has -1 from there on; the end is where all have, after max_new_tokens, or where
+    the longest row fills the context of max_seq_len tokens (by default config.max_seq_len).
 
-    Raises ValueError, when called, for arguments out of range, and FloatingPointError at the step
-    whose logits are not finite.
+    n_vocab: tokens from there on are never chosen; a tokenizer may have less than the model.
+    context: what it has read already of a single prompt is not read again.
+    progress: what the blocks of the prompts go through.
+
+    Raises ValueError when called, and FloatingPointError at a step whose logits are not finite.
     """
     max_seq_len = config.max_seq_len if max_seq_len is None else max_seq_len
+    n_vocab = config.vocab_size if n_vocab is None else n_vocab
     Limits(int, 0, 2**63 - 1).check("max_new_tokens", max_new_tokens)
     Limits(int, 0, 2**63 - 1).check("max_seq_len", max_seq_len)
-    n_vocab = config.vocab_size if n_vocab is None else n_vocab
     Limits(int, 1, config.vocab_size).check("n_vocab", n_vocab)
     if not isinstance(sampling, Sampling):
         raise ValueError(f"sampling: found {one_line(repr(sampling), 40)}, expected a Sampling")
     token_ids = Limits(int, 0, config.vocab_size - 1)
-    prompt = token_ids.check_each("the prompt", prompt_tokens)
-    if not 1 <= len(prompt) <= max_seq_len:
-        raise ValueError(f"the prompt has {len(prompt)} tokens, expected 1 to {max_seq_len}")
+    prompts = [token_ids.check_each("the prompt", prompt) for prompt in prompts]
+    for prompt in prompts or [()]:
+        if not 1 <= len(prompt) <= max_seq_len:
+            raise ValueError(f"the prompt has {len(prompt)} tokens, expected 1 to {max_seq_len}")
     if isinstance(stop_tokens, numbers.Integral):
         stop_tokens = [stop_tokens]
-    stop = frozenset(token_ids.check_each("stop_tokens", stop_tokens))
-    n_new = min(max_new_tokens, max_seq_len - len(prompt))
-    tokens = torch.tensor(prompt, device=weights["norm.weight"].device)
-    generator = torch.Generator(tokens.device)
-    generator.seed() if sampling.seed is None else generator.manual_seed(sampling.seed)
-    return _new_tokens(tokens, n_new, weights, config, sampling, generator, stop, n_vocab, progress)
+    device = weights["norm.weight"].device
+    stop = torch.tensor(token_ids.check_each("stop_tokens", stop_tokens), device=device)
+    n_prompt = max(map(len, prompts))
+    n_new = min(max_new_tokens, max_seq_len - n_prompt)
+    padded = [[0] * (n_prompt - len(prompt)) + prompt for prompt in prompts]  # on the left
+    starts = torch.tensor([n_prompt - len(prompt) for prompt in prompts], device=device)
+    starts = starts if starts.any() else None
+    context = context or Context()
+    decoding = Weights(weights)
+    decoding.one_token = getattr(weights, "one_token", None) or product_of_one
+
+    def read(tokens: Tensor, weights: Weights) -> Tensor:  # the next ones, [B, T] -> [B, V]
+        begin, end = len(context.tokens), len(context.tokens) + tokens.shape[1]
+        positions, seen = torch.arange(begin, end, device=device), context.cache[..., :end, :]
+        logits = forward(
+            tokens, weights, config, positions=positions, cache=seen, starts=starts, last_only=True
+        )
+        context.tokens += tokens[0].tolist()
+        return logits[:, -1]
+
+    @torch.inference_mode()
+    def loop() -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator(device)
+        generator.seed() if sampling.seed is None else generator.manual_seed(sampling.seed)
+        n_read = context.begin(prompts, weights, config, min(n_prompt + 256, n_prompt + n_new))
+        unread = torch.tensor(padded, device=device)[:, n_read:]
+        for tokens in progress(unread.split(PREFILL_TOKENS, dim=1)) if n_new else ():
+            logits = read(tokens, weights)
+        seen = torch.zeros(len(prompts), config.vocab_size, dtype=torch.bool, device=device)
+        for row, prompt in zip(seen, prompts, strict=True):
+            row[prompt] = True
+        ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        for step in range(1, n_new + 1):
+            if step > 1:
+                length = len(context.tokens) + 1
+                if length > context.cache.shape[-2]:  # by half: each position is copied twice
+                    length = min(length + length // 2, n_prompt + n_new)
+                    context.cache = longer_cache(context.cache, length)
+                logits = read(tokens.clamp(min=0)[:, None], decoding)
+            check_finite(logits, weights, step)
+            tokens = sample(logits[:, :n_vocab], sampling, generator, seen[:, :n_vocab])  # [B]
+            ended |= torch.isin(tokens, stop)
+            if ended.all():
+                return
+            seen.scatter_(1, tokens[:, None], True)
+            tokens = tokens.masked_fill(ended, -1)
+            yield tokens, torch.log_softmax(logits, dim=-1)
+
+    return loop()
+
+
+def generate(
+    prompt_tokens: Sequence[int], weights: Weights, config: Config, **options: object
+) -> Iterator[int]:
+    """Continue one prompt up to a stop token: an iterator over new tokens. Options: see `steps`."""
+    return (tokens.item() for tokens, _ in steps([prompt_tokens], weights, config, **options))
+
+
+@torch.inference_mode()
+def score(
+    tokens: Sequence[int],
+    weights: Weights,
+    config: Config,
+    *,
+    first: int = 1,
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> Tensor:
+    """The logarithms of the probabilities of tokens, each after all before it in the sequence.
+
+    tokens [T] -> float32 [T - first], of tokens[first:]. Some positions at a time go by `progress`.
+    """
+    tokens = torch.tensor(tokens, device=weights["norm.weight"].device)
+    cache = new_cache(weights, config, len(tokens))
+    rows = max(min(SCORED_LOGITS // config.vocab_size, PREFILL_TOKENS), 1)
+    found = [torch.empty(0, device=tokens.device)]
+    for i in progress(range(0, len(tokens) - 1, rows)):
+        end = min(i + rows, len(tokens) - 1)
+        positions = torch.arange(i, end, device=tokens.device)
+        logits = forward(
+            tokens[i:end], weights, config, positions=positions, cache=cache[..., :end, :]
+        )
+        chosen = logits.gather(1, tokens[i + 1 : end + 1, None])[:, 0]
+        found.append(chosen - logits.logsumexp(-1))
+    return torch.cat(found)[first - 1 :]
 
 
 # --- 5. Loading -----------------------------------------------------------------------------------
@@ -584,56 +629,17 @@ def generate(
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def _load_file(ckpt_dir: str | os.PathLike) -> tuple[Path, object]:
-    """The path of consolidated.00.pth and what is in it, whatever that is, mapped into memory.
-
-    Where it cannot be mapped it is read, with a UserWarning; those of pickle protocols are ignored,
-    as what is wrong with them is raised. Raises CheckpointError.
-    """
-    path = find_weights(ckpt_dir)
-    with opened_for_pytorch(path) as (name, kind), warnings.catch_warnings(action="ignore"):
-        content = torch.load(name, map_location="cpu", weights_only=True, mmap=kind == MAPPABLE)
-    if kind != MAPPABLE:
-        warnings.warn(f"{path} is {kind}: it is read as a whole, not mapped", stacklevel=3)
-    return path, content
-
-
-def make_config(params: dict[str, object], path: Path) -> Config:
-    """The Config of what params.json holds. Raises CheckpointError, which names `path` and the key.
-
-    A key that has a default in Config may be missing or null. Keys that Config does not have are
-    ignored, unless they would change what is computed. Without rope_scaling_factor,
-    ROPE_SCALING_FACTORS goes before the default.
-    """
-    values = check_values(path, params, PARAMS_LIMITS, optional=Config._field_defaults)
-    refuse = functools.partial(refuse_value, path, params)
-    if "rope_scaling_factor" in values and not values.get("use_scaled_rope"):
-        refuse("use_scaled_rope", 'true where there is a "rope_scaling_factor", or neither')
-    if values["dim"] in ROPE_SCALING_FACTORS:
-        values.setdefault("rope_scaling_factor", ROPE_SCALING_FACTORS[values["dim"]])
-    config = Config(**values)
-    if (config.dim % config.n_heads and "head_dim" not in values) or config.head_dim % 2:
-        refuse("n_heads", f'a number that cuts "dim" ({config.dim}) into heads of even width')
-    if config.n_heads % config.n_kv_heads:
-        refuse("n_kv_heads", f'a number that divides "n_heads" ({config.n_heads})')
-    divisors = config.rope_divisors
-    if divisors is not None and (config.use_scaled_rope or len(divisors) != config.head_dim // 2):
-        refuse("rope_divisors", f'{config.head_dim // 2} numbers, and no "use_scaled_rope"')
-    refuse_other_computation(path, params, known=Config._fields, same={"hidden_act": "silu"})
-    return config
-
-
 def load_config(ckpt_dir: str | os.PathLike) -> Config:
-    """Read and check params.json in the folder `ckpt_dir`: see `make_config`.
+    """Read and check params.json in the folder `ckpt_dir`: see checkpoint_files.check_params.
 
-    A vocab_size of -1 is that of the weights. Raises CheckpointError.
+    A vocab_size of -1 is that of the weights. Raises CheckpointError, which names the key.
     """
-    path = find_file(ckpt_dir, "params.json")
-    params = read_json_object(path)
+    path = files.find_file(ckpt_dir, "params.json")
+    params = files.read_json_object(path)
     if params.get("vocab_size") == -1:  # Meta's default: as many as the weights have
-        weights_path, content = _load_file(ckpt_dir)
-        params["vocab_size"] = len(embeddings_in(content, weights_path))
-    return make_config(params, path)
+        weights_path, content = files.content_of_weights(ckpt_dir, torch.load)
+        params["vocab_size"] = len(files.embeddings_in(content, weights_path))
+    return Config(**files.check_params(path, params, optional=Config._field_defaults))
 
 
 def map_weights(ckpt_dir: str | os.PathLike, config: Config) -> Weights:
@@ -642,8 +648,8 @@ def map_weights(ckpt_dir: str | os.PathLike, config: Config) -> Weights:
     The file is mapped, not read: nothing is copied, and pages come from disk when they are first
     used. Raises CheckpointError unless it holds just the weights that `config` calls for.
     """
-    path, content = _load_file(ckpt_dir)
-    weights = check_weights(content, weight_shapes(config), DTYPES, path)
+    path, content = files.content_of_weights(ckpt_dir, torch.load)
+    weights = files.check_weights(content, weight_shapes(config), DTYPES, path)
     return Weights((name, weight.detach()) for name, weight in weights.items())  # no parameters
 
 

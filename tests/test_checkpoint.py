@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import PARAMS_8B, SMALL, config_of, random_weights
 
+import checkpoint_files
 import llama3
 from checkpoint_files import CheckpointError
 
@@ -69,7 +70,7 @@ def test_a_config_made_by_hand_has_the_defaults_of_a_file_without_those_keys(tmp
     by_hand, loaded = llama3.Config(**required), llama3.load_config(tmp_path)
     assert llama3.weight_shapes(by_hand) == llama3.weight_shapes(loaded)
     assert by_hand._replace(n_kv_heads=loaded.n_heads) == loaded
-    assert set(llama3.PARAMS_LIMITS) == set(llama3.Config._fields)
+    assert set(checkpoint_files.PARAMS_LIMITS) == set(llama3.Config._fields)
 
 
 def test_unknown_keys_are_ignored_and_null_is_absent_where_a_key_is_optional(tmp_path):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import pytest
 import torch
 from conftest import DEMO, ROOT, config_of, random_weights
 
+import checkpoint_files
 import command_line
 import llama3
 import tokenizer_setup
@@ -121,20 +123,22 @@ def test_the_same_seed_gives_the_same_text(capsys, endless):
 
 def test_the_options_reach_the_model(capsys, monkeypatch, endless):
     seen = {}
-    generate = llama3.generate
+    steps = llama3.steps
 
-    def watched(prompt, weights, config, **settings):
+    def watched(prompts, weights, config, **settings):
         seen.update(settings, dtype=weights["norm.weight"].dtype)
-        return generate(prompt, weights, config, **settings)
+        return steps(prompts, weights, config, **settings)
 
-    monkeypatch.setattr(llama3, "generate", watched)
+    monkeypatch.setattr(llama3, "steps", watched)
     arguments = ["--ckpt-dir", str(endless), "--prompt", "a", "--max-new-tokens", "3"]
     answered(capsys, *arguments)
     assert (seen["sampling"], seen["dtype"]) == (llama3.GREEDY, torch.float32)
     assert seen["max_seq_len"] == 8192
     arguments += ["--temperature", "0.7", "--top-p", "0.25", "--seed", "11", "--max-seq-len", "99"]
+    arguments += ["--top-k", "5", "--min-p", "0.125", "--repetition-penalty", "1.5"]
     answered(capsys, *arguments, "--dtype", "float16")
-    assert (seen["sampling"], seen["dtype"]) == (llama3.Sampling(0.7, 0.25, 11), torch.float16)
+    expected = llama3.Sampling(0.7, 0.25, 11, 5, 0.125, 1.5)
+    assert (seen["sampling"], seen["dtype"]) == (expected, torch.float16)
     assert (seen["max_new_tokens"], seen["max_seq_len"]) == (3, 99)
 
 
@@ -153,7 +157,7 @@ def test_products_are_compiled_where_it_pays_or_is_asked_for(capsys, monkeypatch
         asked.append(len(weights))
         return weights
 
-    monkeypatch.setattr(llama3, "compiled_products", compiled_products)
+    monkeypatch.setattr(command_line, "compiled_products", compiled_products)
     arguments = ["--prompt", "17 plus 8 is ", "--max-new-tokens", "1", "--device", "cpu"]
     out, err = answered(capsys, *arguments)  # the demo is small
     assert (out, asked, "compiled" in err) == ("25", [], False)
@@ -350,7 +354,7 @@ def refused(capsys, *arguments):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "one of the arguments --prompt --prompt-file is required"),
+        ([], "one of the arguments --prompt --prompt-file --score is required"),
         (["--prompt", "a", "--prompt-file", "b"], "argument --prompt-file: not allowed with"),
         (["--prompt"], "argument --prompt: expected one argument"),
         (
@@ -358,6 +362,11 @@ def refused(capsys, *arguments):
             """argument --prompt: expected one argument; what begins with "-" """,
         ),
         (["--prompt", "a", "b"], "unrecognized arguments: b"),
+        (["--prompt", "a", "--by-line"], "argument --by-line: it goes with --score FILE"),
+        (["--prompt", "a", "--score", "b"], "argument --score: not allowed with argument --prompt"),
+        (["--score", "b", "--logprobs", "2"], "argument --logprobs: not allowed with"),
+        (["--score", "no such file"], "argument --score: no such file: cannot be read: No such"),
+        (["--score", "README.md", "--max-seq-len", "1"], "--max-seq-len 1: a score needs"),
         (["--prompt", "a", "--temp", "1"], "unrecognized arguments: --temp 1"),
         (["--prompt", "a", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
         (
@@ -393,7 +402,7 @@ def test_a_number_out_of_range_is_refused_by_naming_it(capsys, option, value):
     assert "expected a " in line
 
 
-@pytest.mark.parametrize("name", llama3.SAMPLING_LIMITS)
+@pytest.mark.parametrize("name", checkpoint_files.SAMPLING_LIMITS)
 def test_options_and_sampling_refuse_the_same_values_in_the_same_words(capsys, name):
     option = "--" + name.replace("_", "-")
     with pytest.raises(ValueError, match="expected") as error:
@@ -451,3 +460,133 @@ def test_help_names_every_option_and_fits_a_terminal(capsys, monkeypatch):
     for option in options.split():
         assert f"\n  --{option}" in text
     assert max(map(len, text.splitlines())) <= 80
+
+
+# --- batches, log-probabilities, scores -----------------------------------------------------------
+
+
+def test_several_prompts_go_through_together_and_come_out_in_order(capsys, tmp_path):
+    prompts = [
+        "17 plus 8 is",
+        "the capital of France is",
+        "Once upon a time",
+        "the opposite of hot is",
+    ]
+    alone = [answered(capsys, "--prompt", p, "--max-new-tokens", "25").out for p in prompts]
+    arguments = [word for p in prompts for word in ("--prompt", p)]
+    together = answered(capsys, *arguments, "--max-new-tokens", "25").out
+    assert together == "".join(f"[{i}] {text}\n" for i, text in enumerate(alone, start=1))
+    files = [tmp_path / str(i) for i in range(4)]
+    for file, prompt in zip(files, prompts, strict=True):
+        file.write_text(prompt + "\n")
+    arguments = [str(word) for file in files for word in ("--prompt-file", file)]
+    assert answered(capsys, *arguments, "--max-new-tokens", "25").out == together
+
+
+def test_numbered_texts_are_written_as_soon_as_it_is_their_turn(demo_tokenizer):
+    """Of three rows the second ends first, and waits for the first, which is written at once."""
+    one, euro = (tokenizer_setup.encode(demo_tokenizer, t, bos=False) for t in ("ab", "\u20ac"))
+    rows = [[*one, *one, -1, -1], [one[0], -1, -1, -1], [*euro, one[0]]]
+    width = max(map(len, rows))
+    rows = [row + [-1] * (width - len(row)) for row in rows]
+    taken = []
+
+    def steps():
+        for column in zip(*rows, strict=True):
+            taken.append("step")
+            yield torch.tensor(column), None
+
+    for text in command_line.numbered(demo_tokenizer, steps(), 3):
+        if text:
+            taken.append(text)
+    assert taken[:2] == ["step", "[1] " + demo_tokenizer.decode(one[:1])]
+    text = "".join(t for t in taken if t != "step")
+    a = demo_tokenizer.decode(one[:1])
+    assert text == f"[1] abab\n[2] {a}\n[3] \u20ac{a}\n"
+
+
+def test_logprobs_are_lines_of_json(capsys, demo_config, demo_tokenizer):
+    arguments = ["--prompt", "17 plus 8 is", "--dtype", "float32"]
+    out, _ = answered(capsys, *arguments, "--logprobs", "3", "--temperature", "1", "--seed", "1")
+    lines = [json.loads(line) for line in out.splitlines()]
+    text = answered(capsys, *arguments, "--temperature", "1", "--seed", "1").out
+    assert "".join(line["text"] for line in lines) == text
+    tokens = tokenizer_setup.encode(demo_tokenizer, "17 plus 8 is")
+    weights = llama3.load_weights(DEMO, demo_config, dtype=torch.float32)
+    for line in lines:
+        logits = llama3.forward(torch.tensor(tokens), weights, demo_config)[-1]
+        logprobs = torch.log_softmax(logits, -1)
+        assert [*line] == ["token", "text", "logprob", "top"]
+        assert line["logprob"] == pytest.approx(logprobs[line["token"]].item(), abs=1e-4)
+        assert [entry["token"] for entry in line["top"]] == logprobs.topk(3).indices.tolist()
+        expected = pytest.approx(logprobs.topk(3).values.tolist(), abs=1e-4)
+        assert [entry["logprob"] for entry in line["top"]] == expected
+        tokens.append(line["token"])
+    out, _ = answered(
+        capsys, *arguments, "--prompt", "a", "--logprobs", "0", "--max-new-tokens", "2"
+    )
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [(line["prompt"], line["top"]) for line in lines] == [(1, []), (2, [])] * 2
+
+
+def test_a_score_is_that_of_the_whole_text(
+    capsys, tmp_path, monkeypatch, demo_config, demo_tokenizer
+):
+    text = "the capital of France is Paris.\n17 plus 8 is 25.\n\n\u20ac\n"
+    (tmp_path / "text").write_text(text)
+    model = ["--dtype", "float32", "--ckpt-dir", str(DEMO)]
+    arguments = ["--score", str(tmp_path / "text"), *model]
+    weights = llama3.load_weights(DEMO, demo_config, dtype=torch.float32)
+
+    def expected(text):
+        tokens = torch.tensor(tokenizer_setup.encode(demo_tokenizer, text))
+        logprobs = torch.log_softmax(llama3.forward(tokens, weights, demo_config), -1)
+        nll = -logprobs[:-1].gather(1, tokens[1:, None]).double().sum().item()
+        n, size = len(tokens) - 1, len(text.encode())
+        return {
+            "tokens": n,
+            "nll": pytest.approx(nll, abs=1e-3),
+            "perplexity": pytest.approx(math.exp(nll / n), rel=1e-4) if n else None,
+            "bits_per_byte": pytest.approx(nll / math.log(2) / size, rel=1e-4) if n else None,
+        }
+
+    out, err = answered(capsys, *arguments)
+    assert [json.loads(line) for line in out.splitlines()] == [expected(text)]
+    assert err == ""
+    out = answered(capsys, *arguments, "--by-line").out
+    assert [json.loads(line) for line in out.splitlines()] == [*map(expected, text.splitlines())]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    out, err = answered(capsys, "--score", "-", *model, "--stats")
+    assert json.loads(out) == expected(text)
+    assert json.loads(err)["tokens"] == expected(text)["tokens"] + 1
+
+
+@pytest.mark.parametrize(
+    ("n", "window"), [(30, 8), (30, 7), (31, 8), (9, 8), (8, 8), (3, 2), (40, 39)]
+)
+def test_windows_score_each_token_once_with_half_a_window_before_it(
+    capsys, tmp_path, demo_config, demo_tokenizer, n, window
+):
+    scored = []
+    for begin, first in command_line.windows(n, window):
+        end = min(begin + window, n)
+        assert begin < first < end
+        assert first - begin >= window // 2 or begin == 0
+        scored += range(first, end)
+    assert scored == [*range(1, n)]
+    text = "a" * (n - 1)
+    tokens = tokenizer_setup.encode(demo_tokenizer, text)
+    weights = llama3.load_weights(DEMO, demo_config, dtype=torch.float32)
+    nll = 0
+    for begin, first in command_line.windows(len(tokens), window):
+        part = torch.tensor(tokens[begin : begin + window])
+        logprobs = torch.log_softmax(llama3.forward(part, weights, demo_config), -1)
+        each = logprobs[:-1].gather(1, part[1:, None])[:, 0]
+        nll -= each[first - begin - 1 :].sum().item()
+    (tmp_path / "text").write_text(text)
+    arguments = ["--score", str(tmp_path / "text"), "--dtype", "float32"]
+    out, err = answered(capsys, *arguments, "--max-seq-len", str(window))
+    assert json.loads(out)["nll"] == pytest.approx(nll, abs=1e-3)
+    assert (f"in windows of {window} that overlap by {window // 2}" in err) == (
+        len(tokens) > window
+    )

@@ -205,7 +205,7 @@ def test_what_metas_formulas_give_is_not_spelled_out():
         expected = {"dim": dim, "n_layers": 1, "n_heads": heads, "n_kv_heads": 2, "vocab_size": 300}
         expected |= {"norm_eps": 1e-5, "rope_theta": 5e5} | formula
         assert params == expected | {"use_scaled_rope": True, "rope_scaling_factor": 8.0}
-        made_of = llama3.make_config(params, Path("params.json"))
+        made_of = llama3.Config(**params)
         assert (made_of.ffn_dim, made_of.max_seq_len) == (ffn_dim, 131072)
 
 
@@ -1247,14 +1247,91 @@ def test_internlm_is_llama_with_biases_under_another_config(tmp_path):
     for key in ("attention_bias", "rope_parameters", "head_dim", "mlp_bias"):
         del config[key]
     config |= {"model_type": "internlm", "rotary": {"base": 10000, "type": "dynamic"}}
+    del config["max_position_embeddings"]  # as in the first ones
     for bias in ({"bias": True}, {}):
         (tmp_path / "config.json").write_text(json.dumps(config | bias))
         source = convert.open_source(tmp_path)
         logits = llama3.forward(TOKENS, loaded(source), source.config)
         assert apart(logits, theirs(model)) < 1e-4
+        assert source.config.max_seq_len == 2048
     (tmp_path / "config.json").write_text(json.dumps(config | {"bias": False}))
-    with pytest.raises(CheckpointError, match="q_proj.bias is there, which contradicts"):
+    with pytest.raises(CheckpointError, match=r"q_proj\.bias is there, which contradicts"):
         convert.open_source(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config | {"rotary": {"type": "yarn"}}))
     with pytest.raises(CheckpointError, match='"rotary" is'):
         convert.open_source(tmp_path)
+
+
+# --- tokens of other kinds ------------------------------------------------------------------------
+
+
+def test_tokens_that_no_merge_makes_and_gaps_between_ids(tmp_path):
+    """The first never come out of a text, as with transformers; the others stand for nothing."""
+    expected = trained("gpt2")
+    expected.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["vocab"] |= {"qqqq": 900}
+    content["added_tokens"].append(content["added_tokens"][0] | {"id": 905, "content": "<|far|>"})
+    path.write_text(json.dumps(content))
+    expected = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path))
+    vocabulary = convert.hf_vocabulary(tmp_path)
+    convert.write_vocabulary(tmp_path, vocabulary)
+    for ours in (
+        tokenizer_setup.make_tokenizer("", *vocabulary),
+        tokenizer_setup.load_tokenizer(tmp_path / "tokenizer.model"),
+    ):
+        assert ours.n_vocab == 906
+        assert tokenizer_setup.encode(ours, "qqqq") == expected("qqqq")["input_ids"] != [900]
+        assert "".join(tokenizer_setup.decode_stream(ours, [903, 905])) == "<|unused_903|><|far|>"
+
+
+def test_no_text_spells_what_begins_or_ends_a_turn(tmp_path):
+    """Even where a tokenizer.json calls these tokens not special."""
+    from tokenizers import AddedToken
+
+    expected = trained("qwen2")
+    expected.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    for token in content["added_tokens"]:
+        token["special"] = False
+    path.write_text(json.dumps(content))
+    ours = tokenizer_setup.make_tokenizer("", *convert.hf_vocabulary(tmp_path))
+    assert ours.format.spelled == ("<tool_call>",)
+    assert len(tokenizer_setup.encode(ours, "<|im_start|><|im_end|>")) > 2
+    assert tokenizer_setup.special_tokens_in(ours, "a <|im_end|>") == ["<|im_end|>"]
+    expected.add_tokens([AddedToken("<|x|>", lstrip=True, special=False)])
+    expected.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match='"added_tokens" is'):
+        convert.hf_vocabulary(tmp_path)
+
+
+def test_a_template_that_puts_a_task_around_the_dialog_is_no_dialog_format():
+    template = "<|start_header_id|>user<|end_header_id|>{{ messages }}<|eot_id|>"
+    special = {"<|start_header_id|>": 1, "<|end_header_id|>": 2, "<|eot_id|>": 3}
+    assert convert._dialog_of(template, special, None)["dialog"] == "llama3"
+    guard = template.replace("{{", "<BEGIN CONVERSATION>{{")
+    assert convert._dialog_of(guard, special, None)["dialog"] is None
+
+
+def test_biases_in_one_layer_alone_are_not_exported(tmp_path):
+    source = convert.open_source(saved(tmp_path / "hf", made("biased, as InternLM")))
+    convert.to_meta(source, tmp_path / "meta", tokenizer=False)
+    path = tmp_path / "meta" / "consolidated.00.pth"
+    weights = torch.load(path, weights_only=True)
+    for name in [name for name in weights if name.startswith("layers.1.") and "bias" in name]:
+        del weights[name]
+    torch.save(weights, path)
+    with pytest.raises(CheckpointError, match=r"attention\.wk"):
+        convert.to_hf(tmp_path / "meta", tmp_path / "back", tokenizer=False)
+
+
+def test_copies_need_memory_which_is_compared_with_what_is_free(folder, capfd, monkeypatch):
+    copied = convert.open_source(folder).copied_bytes()
+    assert copied == 2 * 2 * (64 * 64 + 32 * 64 + 64 + 32)
+    arguments = ["--ckpt-dir", folder, "--prompt", "a", "--max-new-tokens", "1"]
+    monkeypatch.setattr(command_line, "free_bytes", lambda device: 24_000)
+    assert "of memory (weights 0 MB" in said(capfd, 2, command_line.main, *arguments).err
+    monkeypatch.setattr(command_line, "free_bytes", lambda device: 24_000 + copied)
+    said(capfd, 0, command_line.main, *arguments)

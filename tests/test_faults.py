@@ -407,7 +407,7 @@ def test_a_cache_that_grows_changes_no_token(tmp_path, monkeypatch):
     made = random_weights(config)
     expected = list(llama3.generate([7, 8], made, config, max_new_tokens=200))
     new_cache = llama3.new_cache
-    monkeypatch.setattr(llama3, "new_cache", lambda w, c, length: new_cache(w, c, 3))
+    monkeypatch.setattr(llama3, "new_cache", lambda w, c, _, **batch: new_cache(w, c, 3, **batch))
     assert list(llama3.generate([7, 8], made, config, max_new_tokens=200)) == expected
 
 

@@ -21,6 +21,7 @@ from conftest import compressed, config_of, random_weights
 from hypothesis import given, note
 from hypothesis import strategies as st
 
+import checkpoint_files
 import command_line
 import convert
 import llama3
@@ -143,7 +144,7 @@ POSSIBLE = {  # values that such a model may have, if not always this one
     "max_seq_len": st.integers(64, 10**6),
 }
 KEYS = st.one_of(
-    st.sampled_from([*llama3.PARAMS_LIMITS, "rope_scaling", "lora_args"]),
+    st.sampled_from([*checkpoint_files.PARAMS_LIMITS, "rope_scaling", "lora_args"]),
     st.text(max_size=9),
 )
 

@@ -6,7 +6,8 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import config_of, random_tokens, random_weights
+import transformers
+from conftest import apart, config_of, random_tokens, random_weights
 
 import llama3
 
@@ -80,29 +81,93 @@ def test_extreme_temperatures_still_give_a_distribution(temperature):
         assert abs(share - p) <= 5 * math.sqrt(p * (1 - p) / n)
 
 
+def test_top_k_min_p_and_the_penalty_are_their_closed_forms():
+    p = PROBABILITIES  # 0.1, 0.5, 0.05, 0.25, 0.1
+    assert llama3.top_k(p, 1).tolist() == [0, 1, 0, 0, 0]
+    assert llama3.top_k(p, 2).tolist() == pytest.approx([0, 2 / 3, 0, 1 / 3, 0])
+    equals = [0.1 / 0.95, 0.5 / 0.95, 0, 0.25 / 0.95, 0.1 / 0.95]
+    assert llama3.top_k(p, 3).tolist() == pytest.approx(equals)  # both that are third
+    assert llama3.top_k(p, 9).tolist() == pytest.approx(p.tolist())
+    assert llama3.min_p(p, 0.5).tolist() == pytest.approx([0, 2 / 3, 0, 1 / 3, 0])
+    assert llama3.min_p(p, 0.15).tolist() == pytest.approx(equals)
+    assert llama3.min_p(p, 1).tolist() == [0, 1, 0, 0, 0]
+    assert llama3.min_p(p, 0).tolist() == pytest.approx(p.tolist())
+    for keep in (lambda p: llama3.top_k(p, 2), lambda p: llama3.min_p(p, 0.5)):
+        batch = keep(torch.stack([p, p.flip(0)]))
+        assert batch[0].tolist() == pytest.approx(keep(p).tolist())
+        assert batch[1].tolist() == pytest.approx(keep(p.flip(0)).tolist())
+    seen = torch.tensor([True, True, False, False, True])
+    logits = torch.tensor([2.0, -2.0, 2.0, -2.0, 0.0])
+    assert llama3.penalized(logits, seen, 4).tolist() == [0.5, -8, 2, -2, 0]
+
+
+def test_all_of_them_together_are_those_of_transformers():
+    """In the order that is documented: penalty, temperature, top_k, top_p, min_p."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 4 * torch.randn(40, 300, generator=generator)
+    prompts = torch.randint(0, 300, (40, 20), generator=generator)
+    seen = torch.zeros(40, 300, dtype=torch.bool).scatter(1, prompts, True)
+    penalty = transformers.RepetitionPenaltyLogitsProcessor(1.7)(prompts, logits)
+    assert torch.allclose(llama3.penalized(logits, seen, 1.7), penalty)
+    p = torch.softmax(logits, -1)
+    expected = torch.softmax(transformers.TopKLogitsWarper(7)(None, logits), -1)
+    assert torch.allclose(llama3.top_k(p, 7), expected)
+    expected = torch.softmax(transformers.MinPLogitsWarper(0.05)(None, logits), -1)
+    assert torch.allclose(llama3.min_p(p, 0.05), expected)
+    steps = [
+        transformers.RepetitionPenaltyLogitsProcessor(1.3),
+        transformers.TemperatureLogitsWarper(1.6),
+        transformers.TopKLogitsWarper(12),
+        transformers.TopPLogitsWarper(0.9),
+        transformers.MinPLogitsWarper(0.1),
+    ]
+    warped = logits
+    for step in steps:
+        warped = step(prompts, warped)
+    drawn_from = []
+
+    def multinomial(probabilities, *_, **__):
+        drawn_from.append(probabilities)
+        return probabilities.argmax(-1, keepdim=True)
+
+    sampling = llama3.Sampling(1.6, 0.9, top_k=12, min_p=0.1, repetition_penalty=1.3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "multinomial", multinomial)
+        llama3.sample(logits, sampling, None, seen)
+    assert torch.allclose(drawn_from[0], torch.softmax(warped, -1), atol=1e-6)
+    assert (drawn_from[0] > 0).sum(-1).float().mean() < 11  # each takes some away
+    greedy = llama3.Sampling(repetition_penalty=1.3)
+    assert torch.equal(
+        llama3.sample(logits, greedy, None, seen), steps[0](prompts, logits).argmax(-1)
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "values"),
     [
         ("temperature", [-0.1, math.nan, math.inf, 1e7, 10**400, "hot", None, True, [1.0]]),
         ("top_p", [-0.1, 1.1, math.nan, "x", None, False]),
         ("seed", [-1, 2**63, 1.0, math.nan, "x", True]),
+        ("top_k", [-1, 1.5, math.nan, None]),
+        ("min_p", [-0.1, 1.1, math.nan, None]),
+        ("repetition_penalty", [0, -1, math.inf, math.nan, None]),
     ],
 )
 def test_a_sampling_with_an_impossible_value_cannot_be_made(name, values):
     for value in values:
         for make in (llama3.Sampling, llama3.GREEDY._replace):
             with pytest.raises(
-                ValueError, match=f"^{name}: found .*, expected a .*number from 0 to"
+                ValueError, match=f"^{name}: found .*, expected a .*number from 0.* to"
             ):
                 make(**{name: value})
 
 
 def test_a_sampling_is_a_plain_record_with_defaults_that_take_the_likeliest_token():
-    assert llama3.GREEDY == llama3.Sampling() == (0.0, 1.0, None)
+    assert llama3.GREEDY == llama3.Sampling() == (0.0, 1.0, None, 0, 0.0, 1.0)
     sampling = llama3.Sampling(0.7, seed=np.int64(3), top_p=np.float32(0.5))
-    assert sampling._asdict() == {"temperature": 0.7, "top_p": 0.5, "seed": 3}
+    assert sampling[:3] == (0.7, 0.5, 3)
     assert sampling._replace(temperature=1) == llama3.Sampling(1, 0.5, 3)
-    assert [type(value) for value in sampling] == [float, float, int]
+    assert [type(value) for value in sampling] == [float, float, int, int, float, float]
     assert pickle.loads(pickle.dumps(sampling)) == sampling
 
 
@@ -204,7 +269,7 @@ def test_steps_use_the_product_of_one_vector_and_the_prompt_does_not(model, monk
     assert used == []  # a prompt of one token has the bits of the whole sequence
     next(tokens)
     assert len(used) == 7 * config.n_layers + 1
-    assert set(used) == {(1, config.dim), (1, config.ffn_dim)}
+    assert set(used) == {(1, 1, config.dim), (1, 1, config.ffn_dim)}
     assert torch._C._get_mkldnn_enabled()
     with pytest.raises(RuntimeError):
         one(torch.ones(1, 3), torch.ones(2, 4))
@@ -218,12 +283,12 @@ def test_a_prompt_goes_through_in_blocks_each_against_the_keys_up_to_its_end(mod
     forward = llama3.forward
 
     def watched(tokens, *args, cache, **kwargs):
-        calls.append((len(tokens), cache.shape[-2]))
+        calls.append((tokens.shape[-1], cache.shape[-2]))
         return forward(tokens, *args, cache=cache, **kwargs)
 
     def progress(blocks):
         for block in blocks:
-            seen.append(len(block))
+            seen.append(block.shape[-1])
             yield block
 
     monkeypatch.setattr(llama3, "forward", watched)
@@ -284,3 +349,103 @@ def test_tokens_of_any_type_are_the_likeliest_of_the_whole_sequence_in_it(model,
     chosen = logits.gather(-1, torch.tensor(new)[:, None])[:, 0]
     allowed = 0.05 if dtype == torch.bfloat16 else 0.005  # its steps round otherwise
     assert (logits.amax(-1) - chosen).max() <= allowed * logits.abs().max()
+
+
+# --- batches, log-probabilities, contexts, scores -------------------------------------------------
+
+
+def test_a_batch_of_unequal_prompts_has_the_tokens_of_each_alone(model):
+    prompts = [random_tokens(model[1], n, seed=n).tolist() for n in (1, 9, 40, 23)]
+    alone = [[*llama3.generate(p, *model, max_new_tokens=30)] for p in prompts]
+    steps = [tokens.tolist() for tokens, _ in llama3.steps(prompts, *model, max_new_tokens=30)]
+    assert [[*row] for row in zip(*steps, strict=True)] == alone
+    assert len({len(set(row)) for row in alone}) > 1
+
+
+def test_a_batch_in_blocks_is_the_same(model, monkeypatch):
+    prompts = [random_tokens(model[1], n, seed=n).tolist() for n in (3, 70)]
+    expected = [t.tolist() for t, _ in llama3.steps(prompts, *model, max_new_tokens=9)]
+    monkeypatch.setattr(llama3, "PREFILL_TOKENS", 16)
+    monkeypatch.setattr(llama3, "MOST_SCORES", 500)
+    assert [t.tolist() for t, _ in llama3.steps(prompts, *model, max_new_tokens=9)] == expected
+
+
+def test_a_row_that_has_ended_gives_minus_one_until_all_have(model):
+    prompts = [random_tokens(model[1], n, seed=n).tolist() for n in (5, 8)]
+    alone = [[*llama3.generate(p, *model, max_new_tokens=12)] for p in prompts]
+    stop = [alone[0][2], alone[1][9]]
+    rows = [row[: next((i for i, t in enumerate(row) if t in stop), 12)] for row in alone]
+    assert len(rows[0]) == 2 < len(rows[1])
+    options = {"max_new_tokens": 12, "stop_tokens": stop}
+    steps = [tokens.tolist() for tokens, _ in llama3.steps(prompts, *model, **options)]
+    first, second = zip(*steps, strict=True)
+    assert [*first] == rows[0] + [-1] * (len(rows[1]) - 2)
+    assert [*second] == rows[1]
+
+
+def test_a_step_gives_the_models_own_distribution(model):
+    prompt = random_tokens(model[1], 12).tolist()
+    sampling = llama3.Sampling(2.0, 0.5, 1, top_k=3, min_p=0.1, repetition_penalty=2.0)
+    tokens = list(prompt)
+    for chosen, logprobs in llama3.steps([prompt], *model, max_new_tokens=5, sampling=sampling):
+        logits = llama3.forward(torch.tensor(tokens), *model)[-1]
+        assert logprobs.shape == (1, model[1].vocab_size)
+        assert apart(logprobs[0], torch.log_softmax(logits, -1)) < 1e-5
+        tokens.append(chosen.item())
+
+
+def test_the_penalty_looks_at_prompt_and_completion(model):
+    prompt = random_tokens(model[1], 6).tolist()
+    sampling = llama3.Sampling(repetition_penalty=100)
+    options = {"max_new_tokens": 60, "sampling": sampling}
+    penalized = [*llama3.generate(prompt, *model, **options)]
+    assert len({*prompt, *penalized}) == len(set(prompt)) + 60  # no token again
+
+
+def test_a_context_is_gone_on_from(model, monkeypatch):
+    """What two prompts begin with is read once, and the tokens are the same."""
+    read, forward = [], llama3.forward
+
+    def counting(tokens, *args, **kwargs):
+        read.append(tokens.shape[-1])
+        return forward(tokens, *args, **kwargs)
+
+    first = random_tokens(model[1], 50).tolist()
+    context = llama3.Context()
+    monkeypatch.setattr(llama3, "forward", counting)
+    answer = [*llama3.generate(first, *model, max_new_tokens=10, context=context)]
+    assert (sum(read), context.tokens) == (59, first + answer[:-1])
+    for prompt, new in (
+        (first + answer + [7, 8, 9], 4),  # the last token of the answer was not read yet
+        (first + answer + [7, 8, 9], 1),  # for the logits of the last token
+        ([*first[:20], 5, *first[:7]], 8),
+        (first[:3], 1),
+        ([9, 9], 2),
+    ):
+        monkeypatch.setattr(llama3, "forward", forward)
+        expected = [*llama3.generate(prompt, *model, max_new_tokens=300)]
+        monkeypatch.setattr(llama3, "forward", counting)
+        read.clear()
+        ours = [*llama3.generate(prompt, *model, max_new_tokens=300, context=context)]
+        assert ours == expected
+        assert sum(read) == new + 299
+        context.tokens = context.tokens[: len(prompt)]
+
+
+def test_a_score_is_the_log_probability_of_each_token_after_those_before(model, monkeypatch):
+    tokens = random_tokens(model[1], 70)
+    logprobs = torch.log_softmax(llama3.forward(tokens, *model), -1)
+    expected = logprobs[:-1].gather(1, tokens[1:, None])[:, 0]
+    assert apart(llama3.score(tokens.tolist(), *model), expected) < 1e-5
+    assert apart(llama3.score(tokens.tolist(), *model, first=30), expected[29:]) < 1e-5
+    monkeypatch.setattr(llama3, "SCORED_LOGITS", 9 * model[1].vocab_size)
+    seen = []
+
+    def progress(blocks):
+        seen.extend(blocks)
+        return blocks
+
+    assert apart(llama3.score(tokens.tolist(), *model, progress=progress), expected) < 1e-5
+    assert seen == [*range(0, 69, 9)]  # some rows of logits at a time
+    assert llama3.score([5], *model).shape == (0,)
+    assert llama3.score([5, 6], *model).shape == (1,)

@@ -20,6 +20,7 @@ from conftest import (
 from references import meta_order, numpy_float64, scaled_frequency
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import command_line
 import llama3
 
 SIZES = [
@@ -442,7 +443,7 @@ def compiled_demo(demo_config):
     pairs = {}
     for dtype in (torch.bfloat16, torch.float32):
         weights = llama3.load_weights(DEMO, demo_config, dtype=dtype)
-        pairs[dtype] = weights, llama3.compiled_products(weights)
+        pairs[dtype] = weights, command_line.compiled_products(weights)
     return pairs
 
 
@@ -497,7 +498,7 @@ def test_compiled_products_that_are_wrong_are_not_used(demo_weights, monkeypatch
     for function in wrong:
         monkeypatch.setattr(torch, "compile", lambda *_, function=function, **__: function)
         with pytest.raises(RuntimeError, match=r"compiled product with .* is wrong"):
-            llama3.compiled_products(demo_weights)
+            command_line.compiled_products(demo_weights)
 
 
 @pytest.mark.parametrize("inputs", [1, 7, 4096, 4097, 8192, 11008, 14336])
@@ -505,7 +506,7 @@ def test_a_sum_of_one_token_is_the_product_for_any_number_of_inputs(inputs):
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(5, inputs, generator=generator).bfloat16()
     x = torch.randn(1, inputs, generator=generator)
-    assert apart(llama3._one_token(x, w), x.double() @ w.double().T) < 1e-5
+    assert apart(llama3.multiply_and_sum(x, w), x.double() @ w.double().T) < 1e-5
 
 
 # --- one function for every use -------------------------------------------------------------------
