@@ -128,6 +128,30 @@ def device_name(text: str) -> str:
     return text
 
 
+def _decode(content: bytes, origin: str) -> str:
+    """UTF-8 as text. Raises UsageError, which says where a byte is that is none."""
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        found = f"the byte 0x{content[error.start]:02x} at position {error.start}"
+        utf_16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
+        looks = ", as UTF-16 has it" if utf_16 else ""
+        raise UsageError(f"{origin}: found {found}{looks}, expected text in UTF-8") from None
+
+
+def from_argument(text: str) -> str:
+    """The text of --prompt. Raises UsageError if it is none."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:  # bytes that the locale cannot spell, or that nothing can
+        origin = "argument --prompt"
+    try:
+        return _decode(os.fsencode(text), origin)
+    except UnicodeEncodeError:
+        raise UsageError(f"{origin}: found half a character, expected text") from None
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the options, and check each by itself. Raises UsageError."""
     parser = _Parser(
@@ -141,7 +165,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     positive = number(Limits(int, 1, 2**24))
     sampling = {name: number(limits) for name, limits in SAMPLING_LIMITS.items()}
 
-    what = parser.add_mutually_exclusive_group(required=True)
+    what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--prompt",
         help="the text to continue; given several times, the texts go through as one batch, and "
@@ -165,6 +189,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--by-line", help="with --score: every line is a text", action="store_true")
     parser.add_argument(
+        "--chat",
+        help="answer the prompt as an Instruct model does; without one, talk: on the terminal, or "
+        "a line in and a line out",
+        action="store_true",
+    )
+    parser.add_argument(
+        "--system", help="with --chat: the system message", metavar="TEXT", type=from_argument
+    )
+    parser.add_argument(
         "--logprobs",
         help="write a line of JSON for each new token, with its probability and those of the K "
         "likeliest, as logarithms, before temperature and filters",
@@ -185,10 +218,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--max-new-tokens",
-        help="tokens to make at most (default: 128)",
+        help="tokens to make at most (default: 128, with --chat 1024)",
         metavar="N",
         type=positive,
-        default=128,
     )
     parser.add_argument(
         "--temperature",
@@ -269,6 +301,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
     )
     args = parser.parse_args(argv)
+    prompts = len(args.prompt or args.prompt_file or ())
+    if not (prompts or args.score or args.chat):
+        parser.error("one of the arguments --prompt --prompt-file --score --chat is required")
+    if args.chat and (prompts > 1 or args.score or args.logprobs is not None):
+        other = "--score" if args.score else "--logprobs" if prompts < 2 else "several prompts"
+        parser.error(f"argument --chat: not allowed with {other}")
+    if args.system is not None and not args.chat:
+        parser.error("argument --system: it goes with --chat")
+    if args.max_new_tokens is None:
+        args.max_new_tokens = 1024 if args.chat else 128
     if args.by_line and not args.score:
         parser.error("argument --by-line: it goes with --score FILE")
     if args.score and args.logprobs is not None:
@@ -312,30 +354,6 @@ def choose_device(name: str) -> torch.device:
 
 
 # --- the prompt -----------------------------------------------------------------------------------
-
-
-def _decode(content: bytes, origin: str) -> str:
-    """UTF-8 as text. Raises UsageError, which says where a byte is that is none."""
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        found = f"the byte 0x{content[error.start]:02x} at position {error.start}"
-        utf_16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
-        looks = ", as UTF-16 has it" if utf_16 else ""
-        raise UsageError(f"{origin}: found {found}{looks}, expected text in UTF-8") from None
-
-
-def from_argument(text: str) -> str:
-    """The text of --prompt. Raises UsageError if it is none."""
-    try:
-        text.encode()
-        return text
-    except UnicodeEncodeError:  # bytes that the locale cannot spell, or that nothing can
-        origin = "argument --prompt"
-    try:
-        return _decode(os.fsencode(text), origin)
-    except UnicodeEncodeError:
-        raise UsageError(f"{origin}: found half a character, expected text") from None
 
 
 def from_file(option: str, path: str, limit: int) -> str:
@@ -846,6 +864,229 @@ def score(args: argparse.Namespace) -> int:
     return status
 
 
+# --- chat -----------------------------------------------------------------------------------------
+
+HELP = """\
+/reset            begin anew, with the same system message
+/system TEXT      begin anew with this system message; without a text, with none
+/save FILE        write the conversation as JSON
+/load FILE        go on with one that was saved
+/help             this
+/exit             end, as Ctrl-D does
+A backslash at the end of a line goes on with the next one. Ctrl-C stops an answer."""
+
+
+class Chat:
+    """A conversation: its messages, and the context of what the model has read of it."""
+
+    def __init__(self, args: argparse.Namespace, model: Model, weights: llama3.Weights) -> None:
+        self.args, self.model, self.weights = args, model, weights
+        self.context = llama3.Context()
+        self.times: list[float] = []  # of every token
+        self.system = args.system
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all but the system message."""
+        self.messages: list[dict[str, object]] = []
+        if self.system is not None:
+            self.messages.append({"role": "system", "content": self.system})
+
+    def fitting(self, messages: list[dict[str, object]]) -> tuple[list[int], int]:
+        """The tokens of a dialog without its oldest turns, if it is too long; how many those are.
+
+        Takes them out of `messages`. Raises UsageError if the last message alone is too long.
+        """
+        tokenizer, max_seq_len = self.model.tokenizer, self.model.max_seq_len
+        most = max_seq_len - min(self.args.max_new_tokens, max(max_seq_len // 4, 1))
+        first = 1 if messages[0]["role"] == "system" else 0
+        dropped = 0
+        while True:
+            tokens = tokenizer_setup.encode_dialog(tokenizer, messages)
+            if len(tokens) <= most:
+                return tokens, dropped
+            users = [i for i, m in enumerate(messages) if m["role"] == "user" and i > first]
+            if not users:
+                problem = f"the message makes {len(tokens)} tokens, and the context has room for"
+                raise UsageError(f"{problem} {most} and an answer; shorten it")
+            del messages[first : users[0]]
+            dropped += 1
+
+    def answer(self, text: str) -> Iterator[str]:
+        """Answer a message, piece by piece; what there is of the answer joins the conversation.
+
+        Raises UsageError if there is no room for it; then the message does not join.
+        """
+        tokenizer = self.model.tokenizer
+        messages = [*self.messages, {"role": "user", "content": text}]
+        prompt, dropped = self.fitting(messages)
+        self.messages = messages
+        if dropped:
+            turns = "the oldest turn was" if dropped == 1 else f"the {dropped} oldest turns were"
+            note(f"the context is full: {turns} dropped")
+        stop, message, pieces = tokenizer_setup.stop_tokens(tokenizer), {"role": "assistant"}, []
+        special = tokenizer.format.special_tokens
+
+        steps = llama3.steps(
+            [prompt],
+            self.weights,
+            self.model.config,
+            max_new_tokens=self.args.max_new_tokens,
+            sampling=sampling_of(self.args),
+            max_seq_len=self.model.max_seq_len,
+            n_vocab=tokenizer.n_vocab,
+            context=self.context,
+            progress=bar("reading", "blocks", delay=2),
+        )
+
+        def tokens() -> Iterator[int]:
+            for chosen, _ in timed(steps, self.times):
+                token = chosen.item()
+                if token == special.get("<|eom_id|>"):  # the call of a tool, whose result is next
+                    message["stop_reason"] = "end_of_message"
+                if token in stop:
+                    return
+                yield token
+
+        try:
+            for piece in tokenizer_setup.decode_stream(tokenizer, tokens()):
+                pieces.append(piece)
+                yield piece
+        finally:
+            content = "".join(pieces)
+            if content.startswith("<|python_tag|>") and "<|python_tag|>" in special:
+                content = content.removeprefix("<|python_tag|>")
+                message["python_tag"] = True
+            self.messages.append(message | {"content": content})
+
+    def command(self, line: str) -> bool:
+        """Obey a line that begins with "/"; whether to go on. Raises UsageError."""
+        name, _, rest = line.partition(" ")
+        rest = rest.strip()
+        if name in ("/exit", "/quit"):
+            return False
+        if name == "/help":
+            for text in HELP.splitlines():
+                say(text)
+        elif name in ("/reset", "/system"):
+            if name == "/system":
+                self.system = rest or None
+            self.reset()
+            note("a new conversation")
+        elif name in ("/save", "/load") and not rest:
+            raise UsageError(f"{name} needs the name of a file")
+        elif name == "/save":
+            self.save(Path(rest))
+        elif name == "/load":
+            self.load(Path(rest))
+        else:
+            raise UsageError(f"{one_line(name, 40)} is no command; /help lists them")
+        return True
+
+    def save(self, path: Path) -> None:
+        text = json.dumps(self.messages, ensure_ascii=False, indent=1)
+        try:
+            path.write_text(text + "\n", encoding="utf-8", errors="replace")
+        except OSError as error:
+            raise UsageError(f"{path}: cannot be written: {error.strerror}") from None
+        note(f"{len(self.messages)} messages are in {path}")
+
+    def load(self, path: Path) -> None:
+        text = from_file("/load", str(path), MAX_PROMPT_BYTES)
+        try:
+            messages = tokenizer_setup.check_messages(json.loads(text))
+        except (ValueError, RecursionError) as error:
+            problem = f"{path}: found no conversation: {one_line(error)}"
+            raise UsageError(problem) from None
+        self.messages = [dict(message) for message in messages]
+        first = self.messages[0] if self.messages else {}
+        self.system = first["content"] if first.get("role") == "system" else None
+        note(f"{len(self.messages)} messages from {path}")
+
+
+def typed_lines() -> Iterator[str]:
+    """Messages from the terminal, with editing and a history; Ctrl-C takes a line back."""
+    with contextlib.suppress(ImportError):
+        import readline
+
+        readline.parse_and_bind("set enable-bracketed-paste on")  # pasted lines are one message
+    lines = []
+    while True:
+        try:
+            line = input("... " if lines else "> ")
+        except EOFError:
+            print(flush=True)
+            return
+        except KeyboardInterrupt:
+            print(flush=True)
+            lines = []
+            continue
+        lines.append(line.removesuffix("\\"))
+        if not line.endswith("\\"):
+            yield "\n".join(lines)
+            lines = []
+
+
+def piped_lines() -> Iterator[str]:
+    """Messages from a pipe, one a line."""
+    if sys.stdin is None:
+        raise UsageError("standard input is closed, so there is nothing to read from")
+    source = getattr(sys.stdin, "buffer", sys.stdin)
+    for line in source:
+        line = line if isinstance(line, str) else _decode(line, "standard input")
+        yield line.rstrip("\r\n")
+
+
+def converse(chat: Chat) -> int:
+    """Talk until the input ends; returns the exit status."""
+    terminal = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
+    if terminal:
+        note("/help lists the commands; Ctrl-D ends")
+    for line in typed_lines() if terminal else piped_lines():
+        if not line.strip():
+            continue
+        try:
+            if line.startswith("/"):
+                if not chat.command(line.strip()):
+                    break
+            elif terminal:
+                with contextlib.suppress(KeyboardInterrupt):  # what was written stays
+                    stream(chat.answer(line))
+            else:
+                stream([" ".join("".join(chat.answer(line)).split("\n")) + "\n"])
+        except UsageError as error:
+            if "standard output" in str(error):
+                raise
+            note(error)
+    return 0
+
+
+def talk(args: argparse.Namespace) -> int:
+    """Answer the prompt in the instruct format, or hold a conversation; returns the exit status."""
+    start = time.perf_counter()
+    prompts = read_prompts(args) if args.prompt or args.prompt_file else []
+    model = opened(args)
+    if model.tokenizer.format.dialog is None:
+        raise UsageError("argument --chat: no dialog format is known for this model's tokenizer")
+    first = [{"role": "user", "content": prompt} for prompt in prompts]
+    n_prompt = len(tokenizer_setup.encode_dialog(model.tokenizer, first))
+    n_new = min(args.max_new_tokens, model.max_seq_len)
+    chat = Chat(args, model, model.load(min(n_prompt, model.max_seq_len), n_new))
+    load_s = time.perf_counter() - start
+    if not prompts:
+        return converse(chat)
+    chat.times.append(time.perf_counter())
+    try:
+        stream(chat.answer(prompts[0]))
+        status = 0
+    except KeyboardInterrupt:  # what was written stays
+        status = 130
+    if args.stats:
+        device = chat.weights["norm.weight"].device
+        say(json.dumps(stats_of(load_s, n_prompt, chat.times, device)))
+    return status
+
+
 # --- what is asked for ----------------------------------------------------------------------------
 
 
@@ -853,6 +1094,8 @@ def run(args: argparse.Namespace) -> int:
     """Do what the options ask for; returns the exit status. Raises CheckpointError, UsageError."""
     if sys.stdout is None:
         raise UsageError("standard output is closed, so there is nowhere to write to")
+    if args.chat:
+        return talk(args)
     return score(args) if args.score else complete(args)
 
 

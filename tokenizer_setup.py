@@ -16,7 +16,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import regex  # tiktoken's own
 import tiktoken
@@ -309,45 +309,34 @@ def encode(tokenizer: Tokenizer, text: str, bos: bool = True) -> list[int]:
     return tokens
 
 
-def _llama3_turn(tokenizer: Tokenizer, role: str, content: str | None) -> list[int]:
-    special = tokenizer.encode_single_token
-    header = [
+def _llama3_turn(tokenizer: Tokenizer, message: Mapping[str, Any]) -> list[int]:
+    special, role = tokenizer.encode_single_token, message["role"]
+    tokens = [
         special("<|start_header_id|>"),
         *encode(tokenizer, "ipython" if role == "tool" else role, bos=False),
         special("<|end_header_id|>"),
         *encode(tokenizer, "\n\n", bos=False),
     ]
-    if content is None:
-        return header
-    return [*header, *encode(tokenizer, content, bos=False), special("<|eot_id|>")]
+    if "content" not in message:
+        return tokens
+    if message.get("python_tag"):
+        tokens.append(special("<|python_tag|>"))
+    more = message.get("stop_reason") == "end_of_message"
+    end = special("<|eom_id|>" if more else "<|eot_id|>")
+    return [*tokens, *encode(tokenizer, message["content"], bos=False), end]
 
 
-def _chatml_turn(tokenizer: Tokenizer, role: str, content: str | None) -> list[int]:
+def _chatml_turn(tokenizer: Tokenizer, message: Mapping[str, Any]) -> list[int]:
     start = [tokenizer.encode_single_token("<|im_start|>")]
-    if content is None:
-        return start + encode(tokenizer, f"{role}\n", bos=False)
+    if "content" not in message:
+        return start + encode(tokenizer, message["role"] + "\n", bos=False)
     end = tokenizer.encode_single_token("<|im_end|>")
-    turn = encode(tokenizer, f"{role}\n{content}", bos=False)
+    turn = encode(tokenizer, f"{message['role']}\n{message['content']}", bos=False)
     return [*start, *turn, end, *encode(tokenizer, "\n", bos=False)]
 
 
-def encode_dialog(tokenizer: Tokenizer, messages: Iterable[dict[str, str]]) -> list[int]:
-    """Token ids of a dialog for the instruct models, up to where the assistant's answer begins.
-
-    messages: [{"role": "system" | "user" | "assistant" | "tool" | ..., "content": text}, ...]. In
-    Llama 3's format each becomes <|start_header_id|> role <|end_header_id|> "\\n\\n" content
-    <|eot_id|>, with "ipython" for the role "tool"; role and content are plain text. That is
-    chat_format.py in Meta's llama-models 0.3.0, which takes the content as it is; the older
-    repository meta-llama/llama3 stripped it of white space at both ends. In ChatML, as Qwen2 and
-    SmolLM2 have it, it becomes <|im_start|> role "\\n" content <|im_end|> "\\n", and a dialog that
-    does not begin with a system message gets the family's own.
-
-    Raises ValueError for messages that are not of this form, and for a family without dialogs.
-    """
-    text_format = tokenizer.format
-    if text_format.dialog is None:
-        raise ValueError("this tokenizer's family has no known dialog format: use a text")
-    turn = _llama3_turn if text_format.dialog == "llama3" else _chatml_turn
+def check_messages(messages: object) -> list[Mapping[str, Any]]:
+    """The messages of a dialog, as encode_dialog takes them. Raises ValueError for other things."""
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Iterable):
         found = type(messages).__name__
         raise ValueError(
@@ -359,13 +348,36 @@ def encode_dialog(tokenizer: Tokenizer, messages: Iterable[dict[str, str]]) -> l
             if not (isinstance(message, Mapping) and isinstance(message.get(key), str)):
                 found = one_line(repr(message), 60)
                 raise ValueError(f'message {number} is {found}, expected a text as its "{key}"')
+    return messages
+
+
+def encode_dialog(tokenizer: Tokenizer, messages: Iterable[dict[str, Any]]) -> list[int]:
+    """Token ids of a dialog for the instruct models, up to where the assistant's answer begins.
+
+    messages: [{"role": "system" | "user" | "assistant" | "tool" | ..., "content": text}, ...]. In
+    Llama 3's format each becomes <|start_header_id|> role <|end_header_id|> "\\n\\n" content
+    <|eot_id|>, with "ipython" for the role "tool"; role and content are plain text. That is
+    chat_format.py in Meta's llama-models 0.3.0, which takes the content as it is; the older
+    repository meta-llama/llama3 stripped it of white space at both ends. A call of a tool has
+    "stop_reason": "end_of_message" too, for <|eom_id|> at its end, and may have "python_tag": True,
+    for <|python_tag|> before the content. In ChatML, as Qwen2 and SmolLM2 have it, each becomes
+    <|im_start|> role "\\n" content <|im_end|> "\\n", and a dialog that does not begin with a
+    system message gets the family's own.
+
+    Raises ValueError for messages that are not of this form, and for a family without dialogs.
+    """
+    text_format = tokenizer.format
+    if text_format.dialog is None:
+        raise ValueError("this tokenizer's family has no known dialog format: use a text")
+    turn = _llama3_turn if text_format.dialog == "llama3" else _chatml_turn
+    messages = check_messages(messages)
     begin = text_format.begin_dialog
     tokens = [tokenizer.encode_single_token(begin)] if begin else []
     if text_format.system is not None and not (messages and messages[0]["role"] == "system"):
-        tokens += turn(tokenizer, "system", text_format.system)
+        tokens += turn(tokenizer, {"role": "system", "content": text_format.system})
     for message in messages:
-        tokens += turn(tokenizer, message["role"], message["content"])
-    return tokens + turn(tokenizer, "assistant", None)
+        tokens += turn(tokenizer, message)
+    return tokens + turn(tokenizer, {"role": "assistant"})
 
 
 def special_tokens_in(tokenizer: Tokenizer, text: str) -> list[str]:

@@ -46,8 +46,16 @@ def test_the_sessions_on_the_terminal_print_what_they_show():
         for command, shown in re.findall(r"^\$ (.*)\n([^$]*)", session, flags=re.MULTILINE):
             assert command.startswith("python llama3.py ")
             command = command.replace("python", f"'{sys.executable}'", 1)
+            typed = "\n".join(re.findall(r"^> (.*)$", shown, flags=re.MULTILINE))
+            shown = re.sub(r"^> .*$", "", shown, flags=re.MULTILINE)
             result = subprocess.run(
-                command, shell=True, cwd=ROOT, capture_output=True, text=True, check=True
+                command,
+                shell=True,
+                cwd=ROOT,
+                input=typed,
+                capture_output=True,
+                text=True,
+                check=True,
             )
             assert result.stdout.split() == shown.split()
 

@@ -5,7 +5,9 @@ file of 4 and 8 bits a weight.
 """
 
 import importlib.util
+import io
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -121,3 +123,16 @@ def test_the_readmes_example_knows_ada_lovelace(path, capsys):
     example = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
     exec(re.sub(r'"smollm2/[^"]*"', repr(str(path)), example), {})
     assert "mathematician" in capsys.readouterr().out
+
+
+def test_the_readmes_conversation_is_what_it_says(path, capsys, monkeypatch):
+    section = (ROOT / "README.md").read_text().split("## A real model in two lines")[1]
+    session = re.search(r"```\n(python llama3.py --chat .*?)```", section, re.DOTALL)[1]
+    typed = re.findall(r"^> (.*)$", session, re.MULTILINE)
+    shown = [line for line in session.splitlines()[1:] if not line.startswith("> ")]
+    content = "".join(line + "\n" for line in typed).encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    arguments = ["--chat", "--ckpt-dir", str(path), "--dtype", "float32", "--device", "cpu"]
+    assert command_line.main(arguments) == 0
+    answers = capsys.readouterr().out.splitlines()
+    assert answers == shown

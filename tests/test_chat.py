@@ -1,0 +1,326 @@
+"""Conversations: in a pipe, on a terminal, and with calls of tools."""
+
+import io
+import json
+import os
+import sys
+
+import pytest
+import torch
+from conftest import DEMO, ROOT, config_of, random_weights
+
+import command_line
+import llama3
+import tokenizer_setup
+
+JAPAN = {"role": "user", "content": "What is the capital of Japan?"}
+TOKYO = {"role": "assistant", "content": "The capital of Japan is Tokyo."}
+DEMO_CHAT = ["--chat", "--ckpt-dir", str(DEMO)]
+
+
+def said(capsys, *arguments, lines=None, status=0):
+    """What a conversation of these lines wrote to standard output and to standard error."""
+    with pytest.MonkeyPatch.context() as patch:
+        if lines is not None:
+            content = "".join(line + "\n" for line in lines).encode()
+            patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+        assert command_line.main([*DEMO_CHAT, *map(str, arguments)]) == status
+    return capsys.readouterr()
+
+
+def test_one_exchange_is_a_dialog_of_one_message(capsys, demo_config, demo_tokenizer):
+    weights = llama3.load_weights(DEMO, demo_config)
+    stop = tokenizer_setup.stop_tokens(demo_tokenizer)
+    for system in ([], [{"role": "system", "content": "Be brief."}]):
+        prompt = tokenizer_setup.encode_dialog(demo_tokenizer, [*system, JAPAN])
+        tokens = llama3.generate(prompt, weights, demo_config, max_new_tokens=100, stop_tokens=stop)
+        arguments = ["--system", "Be brief."] if system else []
+        out, err = said(capsys, "--prompt", JAPAN["content"], *arguments)
+        assert (out, err) == (demo_tokenizer.decode([*tokens]), "")
+    out, err = said(capsys, "--prompt", JAPAN["content"], "--stats", "--max-new-tokens", "4")
+    stats = json.loads(err)
+    assert stats["prompt_tokens"] == len(tokenizer_setup.encode_dialog(demo_tokenizer, [JAPAN]))
+    assert stats["decode_tokens"] == 3
+
+
+def test_in_a_pipe_a_line_is_a_turn_and_an_answer_is_a_line(capsys, monkeypatch, tmp_path):
+    lines = [JAPAN["content"], "", "What is 3 plus 4?", "/reset", "/nope", "What is 17 plus 8?"]
+    out, err = said(capsys, lines=[*lines, "/exit", "What is 1 plus 1?"])
+    assert out == "The capital of Japan is Tokyo.\n3 plus 4 is 7.\n17 plus 8 is 25.\n"
+    assert err == (
+        "llama3.py: a new conversation\nllama3.py: /nope is no command; /help lists them\n"
+    )
+    monkeypatch.setattr(command_line.Chat, "answer", lambda self, text: iter(["a\n", "b ", text]))
+    assert said(capsys, lines=["c"]).out == "a b c\n"
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "standard input is closed" in said(capsys, status=2).err
+    bad = io.TextIOWrapper(io.BytesIO(b"\xff\n"))
+    monkeypatch.setattr(sys, "stdin", bad)
+    assert "standard input: found the byte 0xff" in said(capsys, status=2).err
+
+
+def test_turns_are_answered_as_whole_dialogs_and_only_what_is_new_is_read(
+    capsys, monkeypatch, demo_tokenizer
+):
+    """The longest beginning that two dialogs share is read once."""
+    read, prompts, forward, steps = [], [], llama3.forward, llama3.steps
+
+    def counting(tokens, *args, **kwargs):
+        read.append(tokens.shape[-1])
+        return forward(tokens, *args, **kwargs)
+
+    def watched(prompt, *args, **kwargs):
+        prompts.append((prompt[0], sum(read)))
+        return steps(prompt, *args, **kwargs)
+
+    monkeypatch.setattr(llama3, "forward", counting)
+    monkeypatch.setattr(llama3, "steps", watched)
+    lines = [JAPAN["content"], "What is 3 plus 4?", "What is the opposite of hot?"]
+    out = said(capsys, lines=lines).out
+    answers = out.splitlines()
+    messages, earlier, answered = [], [], []
+    for line, answer, (prompt, _) in zip(lines, answers, prompts, strict=True):
+        messages.append({"role": "user", "content": line})
+        assert prompt == tokenizer_setup.encode_dialog(demo_tokenizer, messages)
+        assert prompt[: len(earlier)] == earlier
+        messages.append({"role": "assistant", "content": answer})
+        earlier = prompt
+        answered.append(len(tokenizer_setup.encode(demo_tokenizer, answer, bos=False)))
+    # A turn reads what its dialog has more than the one before and its answer, and each token of
+    # the answer; the last one is followed by the end of the turn, which is not read.
+    read_before = [n for _, n in prompts] + [sum(read)]
+    lengths = [0] + [len(prompt) for prompt, _ in prompts]
+    for i in range(3):
+        known = lengths[i] + (answered[i - 1] if i else 0)
+        new = lengths[i + 1] - known
+        assert read_before[i + 1] - read_before[i] == new + answered[i]
+
+
+def chat_of(demo_config, demo_tokenizer, *arguments):
+    args = command_line.parse_arguments([*DEMO_CHAT, *arguments])
+    weights = llama3.load_weights(DEMO, demo_config)
+    length = args.max_seq_len or demo_config.max_seq_len
+    model = command_line.Model(demo_config, demo_tokenizer, length, None)
+    return command_line.Chat(args, model, weights)
+
+
+def test_the_oldest_turns_go_when_the_context_is_full(capsys, demo_config, demo_tokenizer):
+    system = {"role": "system", "content": "Be brief."}
+    arguments = ["--max-seq-len", "100", "--max-new-tokens", "20", "--system", "Be brief."]
+    chat = chat_of(demo_config, demo_tokenizer, *arguments)
+    for i in range(6):
+        assert "".join(chat.answer(f"What is {i} plus 4?")) == f"{i} plus 4 is {i + 4}."
+        assert chat.messages[0] == system
+        assert len(tokenizer_setup.encode_dialog(demo_tokenizer, chat.messages)) <= 100
+    assert chat.messages[1]["role"] == "user"
+    assert chat.messages[-2]["content"] == "What is 5 plus 4?"
+    assert len(chat.messages) < 13
+    err = capsys.readouterr().err
+    assert "llama3.py: the context is full: the oldest turn was dropped\n" in err
+    with pytest.raises(command_line.UsageError, match="has room for 80 and an answer; shorten it"):
+        next(chat.answer("word " * 100))
+    assert chat.messages[-2]["content"] == "What is 5 plus 4?"
+    out, err = said(capsys, "--max-seq-len", 60, lines=["word " * 100, JAPAN["content"]])
+    assert out == TOKYO["content"] + "\n"
+    assert "shorten it" in err
+    err = said(capsys, "--max-seq-len", 60, "--prompt", "word " * 100, status=2).err
+    assert "shorten it" in err
+
+
+def test_an_answer_that_is_stopped_stays_and_the_conversation_goes_on(
+    capsys, monkeypatch, demo_config, demo_tokenizer
+):
+    chat = chat_of(demo_config, demo_tokenizer)
+    sample, drawn = llama3.sample, []
+
+    def interrupted(*args):
+        drawn.append(sample(*args))
+        if len(drawn) == 5:
+            raise KeyboardInterrupt
+        return drawn[-1]
+
+    monkeypatch.setattr(llama3, "sample", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        [*chat.answer(JAPAN["content"])]
+    assert chat.messages[0] == JAPAN
+    assert TOKYO["content"].startswith(chat.messages[1]["content"])
+    assert 0 < len(chat.messages[1]["content"]) < 20
+    assert "".join(chat.answer("What is 3 plus 4?")) == "3 plus 4 is 7."
+
+
+def test_calls_of_tools_end_their_turn_and_stay_in_the_transcript(
+    capsys, monkeypatch, demo_config, demo_tokenizer
+):
+    """<|python_tag|>, the call, <|eom_id|>, as Llama 3.1 has them."""
+    special = demo_tokenizer.encode_single_token
+    call = tokenizer_setup.encode(demo_tokenizer, 'get("x")', bos=False)
+    spoken = [special("<|python_tag|>"), *call, special("<|eom_id|>"), 7, 7]
+
+    def steps(prompts, *args, **kwargs):
+        return ((torch.tensor([token]), None) for token in spoken)
+
+    chat = chat_of(demo_config, demo_tokenizer)
+    monkeypatch.setattr(llama3, "steps", steps)
+    assert "".join(chat.answer("a")) == '<|python_tag|>get("x")'
+    expected = {"role": "assistant", "content": 'get("x")', "python_tag": True}
+    assert chat.messages[1] == expected | {"stop_reason": "end_of_message"}
+    tokens = tokenizer_setup.encode_dialog(
+        demo_tokenizer, [*chat.messages, {"role": "tool", "content": "1"}]
+    )
+    text = demo_tokenizer.decode(tokens)
+    assert text == (
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\na<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+        '<|python_tag|>get("x")<|eom_id|>'
+        "<|start_header_id|>ipython<|end_header_id|>\n\n1<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
+    assert tokens.count(special("<|python_tag|>")) == tokens.count(special("<|eom_id|>")) == 1
+    plain = [{"role": "user", "content": "<|python_tag|>"}]
+    encoded = tokenizer_setup.encode_dialog(demo_tokenizer, plain)
+    assert special("<|python_tag|>") not in encoded
+
+
+def test_a_conversation_is_saved_and_gone_on_with(capsys, tmp_path):
+    path = tmp_path / "a conversation.json"
+    lines = ["/system Be brief.", JAPAN["content"], f"/save {path}", "/reset", f"/load {path}"]
+    out, err = said(capsys, lines=[*lines, "What is 3 plus 4?", f"/save {path}"])
+    assert out == TOKYO["content"] + "\n3 plus 4 is 7.\n"
+    assert f"llama3.py: 3 messages from {path}\n" in err
+    system = {"role": "system", "content": "Be brief."}
+    messages = json.loads(path.read_text())
+    assert messages[:3] == [system, JAPAN, TOKYO]
+    assert len(messages) == 5
+    other = tmp_path / "other.json"
+    lines = [f"/load {path}", "/reset", f"/save {other}", "/system", f"/save {tmp_path / 'none'}"]
+    said(capsys, lines=lines)
+    assert json.loads(other.read_text()) == [system]
+    assert json.loads((tmp_path / "none").read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "3", '{"role": "user"}', '[{"role": "user"}]', "[[]]", '["a"]', "[" * 9999]
+)
+def test_what_is_no_conversation_is_not_loaded(capsys, tmp_path, content):
+    (tmp_path / "bad").write_text(content)
+    lines = [JAPAN["content"], f"/load {tmp_path / 'bad'}", f"/save {tmp_path / 'kept'}"]
+    err = said(capsys, lines=lines).err
+    assert f"llama3.py: {tmp_path / 'bad'}: found no conversation: " in err
+    assert json.loads((tmp_path / "kept").read_text()) == [JAPAN, TOKYO]
+
+
+def test_commands_that_cannot_be_obeyed_say_so(capsys, tmp_path):
+    for line, says in {
+        "/load": "/load needs the name of a file",
+        "/save ": "/save needs the name of a file",
+        f"/load {tmp_path / 'no'}": "cannot be read: No such file",
+        f"/load {tmp_path}": "cannot be read: Is a directory",
+        f"/save {tmp_path / 'no' / 'no'}": "cannot be written: No such file",
+        f"/save {tmp_path}": "cannot be written: Is a directory",
+    }.items():
+        out, err = said(capsys, lines=[line])
+        assert (out, err.count("\n")) == ("", 1)
+        assert says in err
+    assert "/save FILE" in said(capsys, lines=["/help"]).err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--prompt", "a", "--prompt", "b"], "not allowed with several prompts"),
+        (["--score", "x"], "argument --chat: not allowed with --score"),
+        (["--logprobs", "2"], "argument --chat: not allowed with --logprobs"),
+    ],
+)
+def test_what_does_not_go_with_chat_is_refused(capsys, arguments, says):
+    out, err = said(capsys, *arguments, status=2)
+    assert (out, err.count("\n")) == ("", 1)
+    assert says in err
+
+
+def test_a_system_message_goes_with_chat(capsys):
+    assert command_line.main(["--prompt", "a", "--system", "b"]) == 2
+    assert "argument --system: it goes with --chat" in capsys.readouterr().err
+
+
+def test_a_model_without_a_dialog_format_cannot_chat(capsys, monkeypatch):
+    load = tokenizer_setup.load_tokenizer
+
+    def without(path):
+        tokenizer = load(path)
+        tokenizer.format = tokenizer.format._replace(dialog=None)
+        return tokenizer
+
+    monkeypatch.setattr(tokenizer_setup, "load_tokenizer", without)
+    err = said(capsys, "--prompt", "a", status=2).err
+    assert "argument --chat: no dialog format is known for this model" in err
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a terminal of its own (pty)")
+def test_a_conversation_on_a_terminal(tmp_path):
+    """A line that goes on, a paste of two lines, Ctrl-C in an answer and in a line, Ctrl-D."""
+    import pty
+
+    # An answer without end, to be stopped: the one to "stop me" waits until it is.
+    code = f"""if True:
+        import sys, threading
+        sys.path.insert(0, {str(ROOT)!r})
+        import command_line
+        answer = command_line.Chat.answer
+        def patched(self, text):
+            if text != "stop me":
+                yield from answer(self, text)
+                return
+            yield "waiting"
+            threading.Event().wait()
+        command_line.Chat.answer = patched
+        sys.exit(command_line.main({DEMO_CHAT!r}))"""
+    process, terminal = pty.fork()
+    if process == 0:
+        os.environ["TERM"] = "xterm"
+        os.execv(sys.executable, [sys.executable, "-c", code])
+    shown = b""
+
+    def until(text):
+        nonlocal shown
+        while text not in shown:
+            shown += os.read(terminal, 4096)
+        before, _, shown = shown.partition(text)
+        return before.replace(b"\r\n", b"\n")
+
+    def type_in(text, wait=b"> "):
+        os.write(terminal, text)
+        return until(wait)
+
+    assert b"/help lists the commands; Ctrl-D ends" in until(b"> ")
+    assert b"The capital of Japan is Tokyo.\n" in type_in(b"What is the capital of Japan?\n")
+    type_in(b"What is 3 \\\n", wait=b"... ")
+    type_in(b"plus 4?\n")
+    assert b"17 plus 8 is 25.\n" in type_in(b"\x1b[200~What is\n17 plus 8?\x1b[201~\n")
+    type_in(b"stop me\n", wait=b"waiting")
+    type_in(b"\x03")
+    assert b"no command" in type_in(b"/nope\n")
+    type_in(b"half a line\x03")
+    type_in(f"/save {tmp_path / 'saved'}\n".encode())
+    os.write(terminal, b"\x04")
+    assert os.waitpid(process, 0)[1] == 0
+    os.close(terminal)
+    contents = [message["content"] for message in json.loads((tmp_path / "saved").read_text())]
+    assert contents[::2] == [JAPAN["content"], "What is 3 \nplus 4?", "What is\n17 plus 8?"]
+
+
+def test_a_model_that_never_ends_is_stopped_by_the_number_of_tokens(
+    tmp_path, capsys, meta_tokenizer
+):
+    """And at the end of the context."""
+    config = config_of(tmp_path, vocab_size=128256, n_layers=1)
+    weights = llama3.Weights(random_weights(config))
+    weights["output.weight"][128000:] = 0
+    args = command_line.parse_arguments(["--chat", "--max-new-tokens", "5"])
+    model = command_line.Model(config, meta_tokenizer, 60, None)
+    chat = command_line.Chat(args, model, weights)
+    [*chat.answer("a")]
+    assert len(chat.times) == 5
+    chat.args.max_new_tokens = 100
+    [*chat.answer("b")]
+    assert len(chat.context.tokens) == 59  # of the 60th the logits were computed, and no more
