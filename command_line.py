@@ -205,6 +205,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         type=number(Limits(int, 0, 1000)),
     )
     parser.add_argument(
+        "--plot",
+        help="draw what may come next after the prompt, and what each head of a layer attends to",
+        metavar="FILE.png",
+    )
+    parser.add_argument(
+        "--plot-layer",
+        help="the layer whose heads --plot draws (default: 0, the first)",
+        metavar="N",
+        type=number(Limits(int, 0, 4096)),
+    )
+    parser.add_argument(
         "--ckpt-dir",
         help="folder with the model's files as Meta ships them, a Hugging Face folder, or a GGUF "
         "file (default: see below)",
@@ -307,6 +318,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.chat and (prompts > 1 or args.score or args.logprobs is not None):
         other = "--score" if args.score else "--logprobs" if prompts < 2 else "several prompts"
         parser.error(f"argument --chat: not allowed with {other}")
+    if args.plot and (prompts != 1 or args.chat):
+        parser.error("argument --plot: it goes with a single prompt, and not with --chat")
+    if args.plot_layer is not None and not args.plot:
+        parser.error("argument --plot-layer: it goes with --plot FILE.png")
     if args.system is not None and not args.chat:
         parser.error("argument --system: it goes with --chat")
     if args.max_new_tokens is None:
@@ -696,7 +711,7 @@ def opened(args: argparse.Namespace) -> Model:
     return Model(config, tokenizer, args.max_seq_len or config.max_seq_len, load)
 
 
-# --- completions ----------------------------------------------------------------------------------
+# --- what steps give ------------------------------------------------------------------------------
 
 Steps = Iterator[tuple[torch.Tensor, torch.Tensor]]
 
@@ -752,11 +767,153 @@ def as_json(
                 yield json.dumps(line, ensure_ascii=False) + "\n"
 
 
+# --- pictures -------------------------------------------------------------------------------------
+
+PLOTTED_TOKENS = 60  # at most, of the end of a prompt
+PLOTTED_CHARACTERS = 14  # of a token
+
+
+@torch.inference_mode()
+def attention_of(
+    tokens: Sequence[int], weights: llama3.Weights, config: llama3.Config, layer: int, last: int
+) -> torch.Tensor:
+    """What each head of a layer attends to: shares [n_heads, last, T] of the last tokens' queries.
+
+    The layers before go through the functions of llama3.forward, in its order.
+    """
+    tokens = torch.tensor(tokens, device=weights["norm.weight"].device)
+    positions = torch.arange(len(tokens), device=tokens.device)
+    rotations = llama3.rope_rotations(positions, config)
+    x = weights["tok_embeddings.weight"][tokens].to(weights["norm.weight"].dtype)  # [T, dim]
+    for i in range(layer + 1):
+        norm = weights[f"layers.{i}.attention_norm.weight"]
+        normed = llama3.rms_norm(x, norm, config.norm_eps)
+        if i < layer:
+            x = x + llama3.attention(normed, weights, i, config, rotations, positions)
+            norm = weights[f"layers.{i}.ffn_norm.weight"]
+            x = x + llama3.feed_forward(llama3.rms_norm(x, norm, config.norm_eps), weights, i)
+    q, k, _ = llama3.queries_keys_values(normed, weights, layer, config, rotations)
+    k = llama3.repeat_heads(k, len(q) // len(k))
+    visible = positions <= positions[-last:, None]
+    return llama3.attention_shares(q[:, -last:], k, visible)
+
+
+def label_of(token: bytes, has_glyph: Callable[[str], bool]) -> str:
+    """A token as it can be drawn: spaces are dots; what the font lacks, or half a letter, hex."""
+    try:
+        text = token.decode()
+    except UnicodeDecodeError:
+        text = ""
+        shown = "".join(f"\\x{byte:02x}" for byte in token)
+    else:
+        shown = text.replace(" ", "\u00b7")
+    if not all(c.isprintable() and has_glyph(c) for c in shown):
+        shown = text.encode("unicode_escape").decode()
+    cut = PLOTTED_CHARACTERS - 1
+    return shown if len(shown) <= PLOTTED_CHARACTERS else shown[:cut] + "\u2026"
+
+
+def draw(
+    path: str,
+    tokenizer: tokenizer_setup.Tokenizer,
+    tokens: Sequence[int],
+    logprobs: torch.Tensor,
+    shares: torch.Tensor,
+    layer: int,
+) -> None:
+    """Draw the likeliest next tokens, logprobs [V], and attention, shares [n_heads, last, T].
+
+    Raises UsageError if the file cannot be written.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise UsageError("argument --plot: it takes matplotlib; pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import font_manager, pyplot
+    from matplotlib.colors import PowerNorm
+
+    font = font_manager.get_font(font_manager.findfont("DejaVu Sans"))
+
+    def label(token: int) -> str:
+        token = tokenizer.decode_single_token_bytes(token)
+        return label_of(token, lambda character: font.get_char_index(ord(character)) != 0)
+
+    n_heads, last = shares.shape[:2]
+    names = [label(token) for token in tokens[-last:]]
+    widest = max(map(len, names))
+    side = max(0.17 * last, 1.2) + 0.075 * widest + 0.35  # of a head's panel, in inches
+    columns = next(c for c in range(1, n_heads + 1) if c * c * 2 >= n_heads * 3 or c == n_heads)
+    rows = math.ceil(n_heads / columns)
+    figure = pyplot.figure(figsize=(columns * side + 4.2, max(rows * side, 4.2)), dpi=100)
+    bars, heads = figure.subfigures(1, 2, width_ratios=[4.2, columns * side])
+
+    axes = bars.subplots()
+    top = logprobs[: tokenizer.n_vocab].float().exp().topk(min(15, tokenizer.n_vocab))
+    chances = top.values.tolist()
+    axes.barh(range(len(chances)), chances)
+    axes.set_yticks(range(len(chances)), [label(token) for token in top.indices.tolist()])
+    for i, chance in enumerate(chances):
+        axes.text(chance, i, f" {chance:.2g}", va="center", fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 1.2 * max(chances)), xlabel="probability", title="the next token")
+    height = figure.get_figheight()
+    bars.subplots_adjust(left=0.36, right=0.96, top=1 - 0.4 / height, bottom=1 - 3.8 / height)
+
+    grid = heads.subplots(rows, columns, squeeze=False).flat
+    for head, axes in enumerate(grid):
+        if head >= n_heads:
+            axes.axis("off")
+            continue
+        share = shares[head, :, -last:].float().cpu().numpy()
+        axes.imshow(share, norm=PowerNorm(0.5, 0, 1), cmap="Blues")  # small ones are seen, too
+        axes.set_xticks(range(last), names, rotation=90, fontsize=7)
+        axes.set_yticks(range(last), names, fontsize=7)
+        axes.tick_params(length=1.5, pad=1.5)
+        axes.set_title(f"layer {layer}, head {head}", fontsize=8)
+    for text in figure.findobj(matplotlib.text.Text):
+        text.set_parse_math(False)  # a dollar sign is one
+    margin = (0.075 * widest + 0.15) / side
+    heads.subplots_adjust(
+        left=margin / columns,
+        right=1 - 0.02 / columns,
+        top=1 - 0.3 / (rows * side),
+        bottom=margin / rows,
+        wspace=margin * 1.35,
+        hspace=margin * 1.35 + 0.2 / side,
+    )
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        problem = getattr(error, "strerror", None) or one_line(error)
+        raise UsageError(f"argument --plot: {path}: cannot be written: {problem}") from None
+    finally:
+        pyplot.close(figure)
+    note(f"drew {path}" + f", the last {last} tokens" * (last < len(tokens)))
+
+
+def plot(
+    args: argparse.Namespace, model: Model, weights: llama3.Weights, tokens: Sequence[int]
+) -> None:
+    """Draw what --plot asks for, after a prompt of these tokens."""
+    layer, last = args.plot_layer or 0, min(len(tokens), PLOTTED_TOKENS)
+    _, logprobs = next(llama3.steps([tokens], weights, model.config, max_new_tokens=1))
+    shares = attention_of(tokens, weights, model.config, layer, last)
+    draw(args.plot, model.tokenizer, tokens, logprobs[0], shares, layer)
+
+
+# --- completions ----------------------------------------------------------------------------------
+
+
 def complete(args: argparse.Namespace) -> int:
     """Stream the completion of the prompt, or of several; returns the exit status."""
     start = time.perf_counter()
     prompts = read_prompts(args)
-    config, tokenizer, max_seq_len, load = opened(args)
+    model = opened(args)
+    config, tokenizer, max_seq_len, load = model
+    if args.plot and (args.plot_layer or 0) >= config.n_layers:
+        layers = f"found {args.plot_layer}, expected a layer from 0 to {config.n_layers - 1}"
+        raise UsageError(f"argument --plot-layer: {layers}")
     encoded = []
     for prompt in prompts:
         spelled = tokenizer_setup.special_tokens_in(tokenizer, prompt)
@@ -770,6 +927,8 @@ def complete(args: argparse.Namespace) -> int:
     n_new = min(args.max_new_tokens, max_seq_len - n_prompt)
     weights = load(n_prompt, n_new, len(encoded))
     load_s = time.perf_counter() - start
+    if args.plot:
+        plot(args, model, weights, encoded[0])
 
     steps = llama3.steps(
         encoded,

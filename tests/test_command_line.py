@@ -354,7 +354,7 @@ def refused(capsys, *arguments):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "one of the arguments --prompt --prompt-file --score is required"),
+        ([], "one of the arguments --prompt --prompt-file --score --chat is required"),
         (["--prompt", "a", "--prompt-file", "b"], "argument --prompt-file: not allowed with"),
         (["--prompt"], "argument --prompt: expected one argument"),
         (
@@ -590,3 +590,108 @@ def test_windows_score_each_token_once_with_half_a_window_before_it(
     assert (f"in windows of {window} that overlap by {window // 2}" in err) == (
         len(tokens) > window
     )
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("token", "label"),
+    [
+        (b" the", "\u00b7the"),
+        (b"$x_1^2$", "$x_1^2$"),
+        (b"\n\t", "\\\\n\\\\t"),
+        (b"\xe4\xbd", "\\\\xe4\\\\xbd"),
+        ("caf\u00e9".encode(), "caf\u00e9"),
+        ("\u4f60".encode(), "\\\\u4f60"),
+        (" \u4f60a".encode(), " \\\\u4f60a"),
+        (b"<|begin_of_text|>", "<|begin_of_te\u2026"),
+        (b"x" * 14, "x" * 14),
+    ],
+)
+def test_labels_show_what_a_font_lacks(token, label):
+    shown = command_line.label_of(token, lambda character: ord(character) < 0x3000)
+    assert shown == label.replace("\\\\", "\\")
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_the_attention_that_is_drawn_is_that_of_the_forward_pass(monkeypatch, demo_config, layer):
+    weights = llama3.load_weights(DEMO, demo_config, dtype=torch.float32)
+    tokens = [1024, 355, 261, 32, 56, 258, 32, 7, 9]
+    seen, shares = [], llama3.attention_shares
+
+    def watched(q, k, visible):
+        seen.append(shares(q, k, visible))
+        return seen[-1]
+
+    monkeypatch.setattr(llama3, "attention_shares", watched)
+    llama3.forward(torch.tensor(tokens), weights, demo_config)
+    for last in (9, 4):
+        drawn = command_line.attention_of(tokens, weights, demo_config, layer, last)
+        assert drawn.shape == (demo_config.n_heads, last, 9)
+        assert torch.allclose(drawn, seen[layer][:, -last:], atol=1e-6)
+
+
+def picture(path):
+    """The pixels of a PNG file, between 0 and 1."""
+    import matplotlib.image
+
+    return torch.tensor(matplotlib.image.imread(path))
+
+
+@pytest.mark.parametrize("prompt", ["17 plus 8 is ", "a " * 50 + "$x$ $ \u4f60 \U0001f600 _{", ""])
+def test_a_picture_is_drawn_and_the_completion_is_written(capsys, tmp_path, prompt):
+    path = str(tmp_path / "picture.png")
+    arguments = ["--prompt", prompt, "--max-new-tokens", "3", "--ckpt-dir", str(DEMO)]
+    expected = answered(capsys, *arguments).out
+    out, err = answered(capsys, *arguments, "--plot", path, "--plot-layer", "3")
+    assert out == expected
+    n = len(
+        tokenizer_setup.encode(tokenizer_setup.load_tokenizer(DEMO / "tokenizer.model"), prompt)
+    )
+    last = ", the last 60 tokens" if n > 60 else ""
+    assert err == f"llama3.py: drew {path}{last}\n"  # and no warning of a font
+    pixels = picture(path)
+    assert 400 < pixels.shape[0] < 3000
+    assert 1000 < pixels.shape[1] < 6000
+    assert pixels[..., :3].mean() > 0.5
+
+
+def test_a_picture_shows_where_a_head_attends(monkeypatch, tmp_path, demo_tokenizer):
+    """Only the square of a share is dark, in the panel of its head."""
+    shares = torch.zeros(8, 5, 5)
+    tokens, logprobs = [1024, 355, 261, 32, 56], torch.full((1280,), -7.0)
+    command_line.draw(tmp_path / "a.png", demo_tokenizer, tokens, logprobs, shares, 0)
+    shares[6, 4, 1] = 1
+    command_line.draw(tmp_path / "b.png", demo_tokenizer, tokens, logprobs, shares, 0)
+    changed = (picture(tmp_path / "a.png") != picture(tmp_path / "b.png")).any(-1).nonzero()
+    height, width = changed.amax(0) - changed.amin(0)
+    assert 10 < height < 60
+    assert abs(height - width) <= 2
+    rows, columns = picture(tmp_path / "a.png").shape[:2]
+    middle = changed.float().mean(0) / torch.tensor([rows, columns])
+    assert middle[0] > 0.5  # of two rows of four heads, the third of the second
+    assert 0.6 < middle[1] < 0.85
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--plot-layer", "4"], "argument --plot-layer: found 4, expected a layer from 0 to 3"),
+        (["--plot", "no/such/a.png"], "argument --plot: no/such/a.png: cannot be written: No such"),
+        (["--plot", "a.xyz"], "argument --plot: a.xyz: cannot be written: Format 'xyz' is not"),
+        (["--prompt", "b"], "argument --plot: it goes with a single prompt"),
+        (["--chat"], "argument --plot: it goes with a single prompt"),
+    ],
+    ids=str,
+)
+def test_a_picture_that_cannot_be_drawn_is_refused(capsys, tmp_path, arguments, says):
+    plot = [] if "--plot" in arguments else ["--plot", str(tmp_path / "a.png")]
+    arguments = ["--prompt", "a", "--ckpt-dir", str(DEMO), *plot, *arguments]
+    assert refused(capsys, *arguments).startswith(says)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_layer_goes_with_a_picture(capsys):
+    line = refused(capsys, "--prompt", "a", "--plot-layer", "1")
+    assert line == "argument --plot-layer: it goes with --plot FILE.png"
