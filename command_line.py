@@ -16,6 +16,7 @@ import argparse
 import codecs
 import contextlib
 import functools
+import itertools
 import json
 import logging
 import math
@@ -57,6 +58,10 @@ class UsageError(ValueError):
     """What the user asked for cannot be done: one line that says why, and what to do."""
 
 
+class OutputError(UsageError):
+    """Standard output cannot be written."""
+
+
 # --- streams --------------------------------------------------------------------------------------
 
 
@@ -65,15 +70,15 @@ def note(message: object) -> None:
     say(f"llama3.py: {one_line(message, limit=1000)}")
 
 
-def stream(texts: Iterable[str]) -> None:
-    """Write `texts` to standard output as they come, and nothing else.
+def stream(texts: Iterable[str]) -> bool:
+    """Write `texts` to standard output as they come, and nothing else; whether someone reads it.
 
-    Raises UsageError if standard output cannot be written.
+    On a terminal a line break comes last. Raises OutputError if standard output cannot be written.
     """
     out = sys.stdout
     if hasattr(out, "reconfigure"):  # a notebook's has no encoding to change
         out.reconfigure(encoding="utf-8", newline="\n")
-    terminal = out.isatty()
+    terminal, text = out.isatty(), ""
     try:
         for text in texts:
             out.write(text.translate(CONTROL_CHARACTERS) if terminal else text)
@@ -81,10 +86,12 @@ def stream(texts: Iterable[str]) -> None:
     except OSError as error:
         give_up(out)
         if not isinstance(error, BrokenPipeError):  # with which a reader says that it has enough
-            raise UsageError(f"standard output cannot be written: {error.strerror}") from None
+            raise OutputError(f"standard output cannot be written: {error.strerror}") from None
+        return False
     finally:
-        if terminal:
+        if terminal and not text.endswith("\n"):
             print(flush=True)
+    return True
 
 
 # --- options --------------------------------------------------------------------------------------
@@ -139,13 +146,13 @@ def _decode(content: bytes, origin: str) -> str:
         raise UsageError(f"{origin}: found {found}{looks}, expected text in UTF-8") from None
 
 
-def from_argument(text: str) -> str:
-    """The text of --prompt. Raises UsageError if it is none."""
+def from_argument(text: str, option: str) -> str:
+    """The text of an option. Raises UsageError if it is none."""
     try:
         text.encode()
         return text
     except UnicodeEncodeError:  # bytes that the locale cannot spell, or that nothing can
-        origin = "argument --prompt"
+        origin = f"argument {option}"
     try:
         return _decode(os.fsencode(text), origin)
     except UnicodeEncodeError:
@@ -194,9 +201,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "a line in and a line out",
         action="store_true",
     )
-    parser.add_argument(
-        "--system", help="with --chat: the system message", metavar="TEXT", type=from_argument
-    )
+    parser.add_argument("--system", help="with --chat: the system message", metavar="TEXT")
     parser.add_argument(
         "--logprobs",
         help="write a line of JSON for each new token, with its probability and those of the K "
@@ -313,22 +318,31 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     prompts = len(args.prompt or args.prompt_file or ())
-    if not (prompts or args.score or args.chat):
+    scored = args.score is not None
+    if not (prompts or scored or args.chat):
         parser.error("one of the arguments --prompt --prompt-file --score --chat is required")
-    if args.chat and (prompts > 1 or args.score or args.logprobs is not None):
-        other = "--score" if args.score else "--logprobs" if prompts < 2 else "several prompts"
+    if (args.prompt_file or []).count("-") > 1:
+        parser.error("argument --prompt-file: standard input is read once")
+    if args.chat and (prompts > 1 or scored or args.logprobs is not None):
+        other = "--score" if scored else "--logprobs" if prompts < 2 else "several prompts"
         parser.error(f"argument --chat: not allowed with {other}")
-    if args.plot and (prompts != 1 or args.chat):
-        parser.error("argument --plot: it goes with a single prompt, and not with --chat")
-    if args.plot_layer is not None and not args.plot:
+    if args.plot is not None:
+        if prompts != 1 or args.chat:
+            parser.error("argument --plot: it goes with a single prompt, and not with --chat")
+        if not args.plot.lower().endswith(".png"):
+            found = one_line(repr(args.plot), 60)
+            parser.error(f"argument --plot: found {found}, expected the name of a .png file")
+    elif args.plot_layer is not None:
         parser.error("argument --plot-layer: it goes with --plot FILE.png")
-    if args.system is not None and not args.chat:
-        parser.error("argument --system: it goes with --chat")
+    if args.system is not None:
+        if not args.chat:
+            parser.error("argument --system: it goes with --chat")
+        args.system = from_argument(args.system, "--system")
     if args.max_new_tokens is None:
         args.max_new_tokens = 1024 if args.chat else 128
-    if args.by_line and not args.score:
+    if args.by_line and not scored:
         parser.error("argument --by-line: it goes with --score FILE")
-    if args.score and args.logprobs is not None:
+    if scored and args.logprobs is not None:
         parser.error("argument --logprobs: not allowed with argument --score")
     return args
 
@@ -400,7 +414,7 @@ def from_file(option: str, path: str, limit: int) -> str:
 def read_prompts(args: argparse.Namespace) -> list[str]:
     """The texts of --prompt or --prompt-file. Raises UsageError if one is none."""
     if args.prompt is not None:
-        return [from_argument(text) for text in args.prompt]
+        return [from_argument(text, "--prompt") for text in args.prompt]
     texts = [from_file("--prompt-file", path, MAX_PROMPT_BYTES) for path in args.prompt_file]
     return [t.removesuffix("\n").removesuffix("\r") if t.endswith("\n") else t for t in texts]
 
@@ -409,9 +423,6 @@ def check_room(
     prompt_tokens: int, max_new_tokens: int, max_seq_len: int, config: llama3.Config
 ) -> None:
     """Raise UsageError if the prompt is longer than the context; note if the completion may be."""
-    if max_seq_len > config.max_seq_len:
-        made_for = f"the model was made for {config.max_seq_len}, and gets worse beyond"
-        note(f"--max-seq-len {max_seq_len}: {made_for}")
     room = max_seq_len - prompt_tokens
     if room < 0:
         can_be_raised = prompt_tokens <= config.max_seq_len
@@ -708,7 +719,11 @@ def opened(args: argparse.Namespace) -> Model:
             weights = compiled(weights)
         return weights
 
-    return Model(config, tokenizer, args.max_seq_len or config.max_seq_len, load)
+    max_seq_len = args.max_seq_len or config.max_seq_len
+    if max_seq_len > config.max_seq_len:
+        made_for = f"the model was made for {config.max_seq_len}, and gets worse beyond"
+        note(f"--max-seq-len {max_seq_len}: {made_for}")
+    return Model(config, tokenizer, max_seq_len, load)
 
 
 # --- what steps give ------------------------------------------------------------------------------
@@ -764,13 +779,14 @@ def as_json(
                 line = of_prompt | entry(token, logprobs[i, token].item())
                 others, values = likeliest.indices[i].tolist(), likeliest.values[i].tolist()
                 line["top"] = [entry(*other) for other in zip(others, values, strict=True)]
-                yield json.dumps(line, ensure_ascii=False) + "\n"
+                yield json.dumps(line) + "\n"
 
 
 # --- pictures -------------------------------------------------------------------------------------
 
 PLOTTED_TOKENS = 60  # at most, of the end of a prompt
 PLOTTED_CHARACTERS = 14  # of a token
+MOST_PIXELS = 4e7
 
 
 @torch.inference_mode()
@@ -825,13 +841,12 @@ def draw(
 
     Raises UsageError if the file cannot be written.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise UsageError("argument --plot: it takes matplotlib; pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import font_manager, pyplot
+    from matplotlib import font_manager
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import PowerNorm
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+    from matplotlib.ticker import MaxNLocator
 
     font = font_manager.get_font(font_manager.findfont("DejaVu Sans"))
 
@@ -845,7 +860,9 @@ def draw(
     side = max(0.17 * last, 1.2) + 0.075 * widest + 0.35  # of a head's panel, in inches
     columns = next(c for c in range(1, n_heads + 1) if c * c * 2 >= n_heads * 3 or c == n_heads)
     rows = math.ceil(n_heads / columns)
-    figure = pyplot.figure(figsize=(columns * side + 4.2, max(rows * side, 4.2)), dpi=100)
+    size = columns * side + 4.2, max(rows * side, 4.6)
+    figure = Figure(size, dpi=min(100, math.sqrt(MOST_PIXELS / math.prod(size))))
+    FigureCanvasAgg(figure)
     bars, heads = figure.subfigures(1, 2, width_ratios=[4.2, columns * side])
 
     axes = bars.subplots()
@@ -854,11 +871,13 @@ def draw(
     axes.barh(range(len(chances)), chances)
     axes.set_yticks(range(len(chances)), [label(token) for token in top.indices.tolist()])
     for i, chance in enumerate(chances):
-        axes.text(chance, i, f" {chance:.2g}", va="center", fontsize=8)
+        shown = f" {chance:.3f}" if chance >= 0.001 else f" {chance:.0e}"
+        axes.text(chance, i, shown, va="center", fontsize=8)
     axes.invert_yaxis()
     axes.set(xlim=(0, 1.2 * max(chances)), xlabel="probability", title="the next token")
+    axes.xaxis.set_major_locator(MaxNLocator(4))
     height = figure.get_figheight()
-    bars.subplots_adjust(left=0.36, right=0.96, top=1 - 0.4 / height, bottom=1 - 3.8 / height)
+    bars.subplots_adjust(left=0.36, right=0.96, top=1 - 0.4 / height, bottom=1 - 3.4 / height)
 
     grid = heads.subplots(rows, columns, squeeze=False).flat
     for head, axes in enumerate(grid):
@@ -866,12 +885,16 @@ def draw(
             axes.axis("off")
             continue
         share = shares[head, :, -last:].float().cpu().numpy()
-        axes.imshow(share, norm=PowerNorm(0.5, 0, 1), cmap="Blues")  # small ones are seen, too
+        image = axes.imshow(share, norm=PowerNorm(0.5, 0, 1), cmap="Blues")  # small ones show
         axes.set_xticks(range(last), names, rotation=90, fontsize=7)
         axes.set_yticks(range(last), names, fontsize=7)
         axes.tick_params(length=1.5, pad=1.5)
         axes.set_title(f"layer {layer}, head {head}", fontsize=8)
-    for text in figure.findobj(matplotlib.text.Text):
+    scale = bars.add_axes((0.36, 1 - 4.15 / height, 0.6, 0.1 / height))
+    bars.colorbar(image, cax=scale, orientation="horizontal", ticks=[0, 0.1, 0.5, 1])
+    scale.set_title("share of attention", fontsize=8)
+    scale.tick_params(labelsize=7, length=1.5)
+    for text in figure.findobj(Text):
         text.set_parse_math(False)  # a dollar sign is one
     margin = (0.075 * widest + 0.15) / side
     heads.subplots_adjust(
@@ -883,13 +906,27 @@ def draw(
         hspace=margin * 1.35 + 0.2 / side,
     )
     try:
-        figure.savefig(path)
+        figure.savefig(path, format="png")
     except (OSError, ValueError) as error:
         problem = getattr(error, "strerror", None) or one_line(error)
         raise UsageError(f"argument --plot: {path}: cannot be written: {problem}") from None
-    finally:
-        pyplot.close(figure)
     note(f"drew {path}" + f", the last {last} tokens" * (last < len(tokens)))
+
+
+def check_plot(args: argparse.Namespace, config: llama3.Config) -> None:
+    """Raise UsageError if --plot cannot be drawn, as far as that can be told before."""
+    os.environ["MPLBACKEND"] = "agg"  # whatever the user has for windows
+    try:
+        import matplotlib
+    except ImportError:
+        raise UsageError("argument --plot: it takes matplotlib; pip install matplotlib") from None
+    matplotlib.rcdefaults()  # its fonts are those that labels are made for
+    if (args.plot_layer or 0) >= config.n_layers:
+        layers = f"found {args.plot_layer}, expected a layer from 0 to {config.n_layers - 1}"
+        raise UsageError(f"argument --plot-layer: {layers}")
+    if os.path.isdir(args.plot) or not os.path.isdir(os.path.dirname(args.plot) or "."):
+        problem = "is a folder" if os.path.isdir(args.plot) else "there is no such folder"
+        raise UsageError(f"argument --plot: {args.plot}: cannot be written: {problem}")
 
 
 def plot(
@@ -897,7 +934,9 @@ def plot(
 ) -> None:
     """Draw what --plot asks for, after a prompt of these tokens."""
     layer, last = args.plot_layer or 0, min(len(tokens), PLOTTED_TOKENS)
-    _, logprobs = next(llama3.steps([tokens], weights, model.config, max_new_tokens=1))
+    room = len(tokens) + 1  # also where the prompt fills the context
+    steps = llama3.steps([tokens], weights, model.config, max_new_tokens=1, max_seq_len=room)
+    _, logprobs = next(steps)
     shares = attention_of(tokens, weights, model.config, layer, last)
     draw(args.plot, model.tokenizer, tokens, logprobs[0], shares, layer)
 
@@ -911,9 +950,8 @@ def complete(args: argparse.Namespace) -> int:
     prompts = read_prompts(args)
     model = opened(args)
     config, tokenizer, max_seq_len, load = model
-    if args.plot and (args.plot_layer or 0) >= config.n_layers:
-        layers = f"found {args.plot_layer}, expected a layer from 0 to {config.n_layers - 1}"
-        raise UsageError(f"argument --plot-layer: {layers}")
+    if args.plot is not None:
+        check_plot(args, config)
     encoded = []
     for prompt in prompts:
         spelled = tokenizer_setup.special_tokens_in(tokenizer, prompt)
@@ -927,7 +965,7 @@ def complete(args: argparse.Namespace) -> int:
     n_new = min(args.max_new_tokens, max_seq_len - n_prompt)
     weights = load(n_prompt, n_new, len(encoded))
     load_s = time.perf_counter() - start
-    if args.plot:
+    if args.plot is not None:
         plot(args, model, weights, encoded[0])
 
     steps = llama3.steps(
@@ -981,7 +1019,9 @@ def score(args: argparse.Namespace) -> int:
     config, tokenizer, max_seq_len, load = opened(args)
     if max_seq_len < 2:
         raise UsageError("--max-seq-len 1: a score needs a context of 2 tokens at least")
-    documents = text.splitlines() if args.by_line else [text]
+    documents = text.removesuffix("\n").split("\n") if args.by_line else [text]
+    if args.by_line:
+        documents = [line.removesuffix("\r") for line in documents]
     encoded = [tokenizer_setup.encode(tokenizer, document) for document in documents]
     longest = max(map(len, encoded), default=0)
     if longest > max_seq_len:
@@ -989,20 +1029,32 @@ def score(args: argparse.Namespace) -> int:
         note(f"texts of up to {longest} tokens are read in windows of {overlap}")
     weights = load(min(longest, max_seq_len), 0)
     load_s = time.perf_counter() - start
-    total = sum(map(len, encoded))
+    total = sum(max(len(tokens) - 1, 0) for tokens in encoded)
     progress = tqdm(total=total, desc="scoring", unit=" tokens", leave=False, disable=None)
+
+    def counted(positions: Iterable[int]) -> Iterator[int]:
+        before = 0
+        for position in positions:
+            progress.update(position - before)
+            before = position
+            yield position
 
     def lines() -> Iterator[str]:
         for document, tokens in zip(documents, encoded, strict=True):
             nll, n = 0.0, max(len(tokens) - 1, 0)
             for begin, first in windows(len(tokens), max_seq_len) if n else ():
                 window = tokens[begin : begin + max_seq_len]
-                scored = llama3.score(window, weights, config, first=first - begin)
+                done = progress.n
+                scored = llama3.score(
+                    window, weights, config, first=first - begin, progress=counted
+                )
                 if not scored.isfinite().all():
                     raise FloatingPointError("the scores are not finite numbers")
                 nll -= scored.double().sum().item()
-                progress.update(len(scored))
+                progress.update(done + len(scored) - progress.n)
             size = len(document.encode(errors="replace"))
+            if not tokenizer.format.begin:  # then the first token is not scored
+                size = sum(len(tokenizer.decode_single_token_bytes(t)) for t in tokens[1:])
             line = {"tokens": n, "nll": round(nll, 4)}
             line["perplexity"] = float(f"{math.exp(min(nll / n, 700)):.6g}") if n else None
             line["bits_per_byte"] = float(f"{nll / math.log(2) / size:.6g}") if n and size else None
@@ -1035,6 +1087,9 @@ HELP = """\
 A backslash at the end of a line goes on with the next one. Ctrl-C stops an answer."""
 
 
+COMMAND = re.compile(r"/[a-z]+(\s|$)")  # and not a path
+
+
 class Chat:
     """A conversation: its messages, and the context of what the model has read of it."""
 
@@ -1062,9 +1117,10 @@ class Chat:
         dropped = 0
         while True:
             tokens = tokenizer_setup.encode_dialog(tokenizer, messages)
-            if len(tokens) <= most:
-                return tokens, dropped
             users = [i for i, m in enumerate(messages) if m["role"] == "user" and i > first]
+            # Once some must go, as many as leave room for a while: each time all is read anew.
+            if len(tokens) <= (most if not (dropped and users) else max_seq_len // 2):
+                return tokens, dropped
             if not users:
                 problem = f"the message makes {len(tokens)} tokens, and the context has room for"
                 raise UsageError(f"{problem} {most} and an answer; shorten it")
@@ -1084,8 +1140,7 @@ class Chat:
             turns = "the oldest turn was" if dropped == 1 else f"the {dropped} oldest turns were"
             note(f"the context is full: {turns} dropped")
         stop, message, pieces = tokenizer_setup.stop_tokens(tokenizer), {"role": "assistant"}, []
-        special = tokenizer.format.special_tokens
-
+        special, ended = tokenizer.format.special_tokens, []
         steps = llama3.steps(
             [prompt],
             self.weights,
@@ -1099,11 +1154,14 @@ class Chat:
         )
 
         def tokens() -> Iterator[int]:
-            for chosen, _ in timed(steps, self.times):
+            for n, (chosen, _) in enumerate(timed(steps, self.times)):
                 token = chosen.item()
+                if n == 0 and token == special.get("<|python_tag|>"):
+                    message["python_tag"] = True
                 if token == special.get("<|eom_id|>"):  # the call of a tool, whose result is next
                     message["stop_reason"] = "end_of_message"
                 if token in stop:
+                    ended.append(token)
                     return
                 yield token
 
@@ -1111,17 +1169,21 @@ class Chat:
             for piece in tokenizer_setup.decode_stream(tokenizer, tokens()):
                 pieces.append(piece)
                 yield piece
+            if not ended:
+                note("the answer was cut off: --max-new-tokens or the context is used up")
         finally:
             content = "".join(pieces)
-            if content.startswith("<|python_tag|>") and "<|python_tag|>" in special:
+            if message.get("python_tag"):
                 content = content.removeprefix("<|python_tag|>")
-                message["python_tag"] = True
-            self.messages.append(message | {"content": content})
+            if pieces or ended:
+                self.messages.append(message | {"content": content})
+            else:  # stopped before there was anything
+                self.messages.pop()
 
     def command(self, line: str) -> bool:
         """Obey a line that begins with "/"; whether to go on. Raises UsageError."""
-        name, _, rest = line.partition(" ")
-        rest = rest.strip()
+        name, rest = (*line.split(maxsplit=1), "")[:2]
+        file = Path(os.path.expanduser(rest))
         if name in ("/exit", "/quit"):
             return False
         if name == "/help":
@@ -1135,9 +1197,9 @@ class Chat:
         elif name in ("/save", "/load") and not rest:
             raise UsageError(f"{name} needs the name of a file")
         elif name == "/save":
-            self.save(Path(rest))
+            self.save(file)
         elif name == "/load":
-            self.load(Path(rest))
+            self.load(file)
         else:
             raise UsageError(f"{one_line(name, 40)} is no command; /help lists them")
         return True
@@ -1146,12 +1208,15 @@ class Chat:
         text = json.dumps(self.messages, ensure_ascii=False, indent=1)
         try:
             path.write_text(text + "\n", encoding="utf-8", errors="replace")
-        except OSError as error:
-            raise UsageError(f"{path}: cannot be written: {error.strerror}") from None
+        except (OSError, ValueError) as error:  # of a name with a NUL
+            problem = getattr(error, "strerror", None) or one_line(error)
+            raise UsageError(f"{path}: cannot be written: {problem}") from None
         note(f"{len(self.messages)} messages are in {path}")
 
     def load(self, path: Path) -> None:
-        text = from_file("/load", str(path), MAX_PROMPT_BYTES)
+        if os.path.exists(path) and not os.path.isfile(path):  # a pipe may never end
+            raise UsageError(f"{path}: cannot be read: it is no regular file")
+        text = from_file("/load", f"./{path}" if str(path) == "-" else str(path), MAX_PROMPT_BYTES)
         try:
             messages = tokenizer_setup.check_messages(json.loads(text))
         except (ValueError, RecursionError) as error:
@@ -1191,33 +1256,49 @@ def piped_lines() -> Iterator[str]:
     if sys.stdin is None:
         raise UsageError("standard input is closed, so there is nothing to read from")
     source = getattr(sys.stdin, "buffer", sys.stdin)
-    for line in source:
-        line = line if isinstance(line, str) else _decode(line, "standard input")
-        yield line.rstrip("\r\n")
+    for number in itertools.count(1):
+        line = source.readline(MAX_PROMPT_BYTES + 1)
+        origin = f"standard input, line {number}"
+        if not line:
+            return
+        if len(line) > MAX_PROMPT_BYTES:
+            raise UsageError(f"{origin}: found more than {MAX_PROMPT_BYTES} bytes")
+        line = line if isinstance(line, str) else _decode(line, origin)
+        yield line.removeprefix("\ufeff").rstrip("\r\n")
 
 
 def converse(chat: Chat) -> int:
-    """Talk until the input ends; returns the exit status."""
+    """Talk until the input ends; returns the exit status, 2 if a line of a pipe had no answer."""
     terminal = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
     if terminal:
         note("/help lists the commands; Ctrl-D ends")
+    status = 0
     for line in typed_lines() if terminal else piped_lines():
         if not line.strip():
             continue
+        command, read = COMMAND.match(line), True
         try:
-            if line.startswith("/"):
+            if command:
                 if not chat.command(line.strip()):
                     break
             elif terminal:
-                with contextlib.suppress(KeyboardInterrupt):  # what was written stays
-                    stream(chat.answer(line))
+                stream(chat.answer(line))
             else:
-                stream([" ".join("".join(chat.answer(line)).split("\n")) + "\n"])
-        except UsageError as error:
-            if "standard output" in str(error):
+                read = stream([" ".join("".join(chat.answer(line)).splitlines()) + "\n"])
+        except KeyboardInterrupt:  # what was written stays, and on a terminal the conversation
+            if not terminal:
+                raise
+        except OutputError:
+            raise
+        except (UsageError, FloatingPointError, RuntimeError, MemoryError) as error:
+            if isinstance(error, RuntimeError) and not out_of_memory(error):
                 raise
             note(error)
-    return 0
+            if not (terminal or command):  # the answers stay in line with the turns
+                status, read = 2, stream(["\n"])
+        if not read:
+            break
+    return status
 
 
 def talk(args: argparse.Namespace) -> int:
@@ -1227,17 +1308,22 @@ def talk(args: argparse.Namespace) -> int:
     model = opened(args)
     if model.tokenizer.format.dialog is None:
         raise UsageError("argument --chat: no dialog format is known for this model's tokenizer")
-    first = [{"role": "user", "content": prompt} for prompt in prompts]
+    first = [{"role": "system", "content": args.system}] if args.system is not None else []
+    first += [{"role": "user", "content": prompt} for prompt in prompts]
     n_prompt = len(tokenizer_setup.encode_dialog(model.tokenizer, first))
-    n_new = min(args.max_new_tokens, model.max_seq_len)
+    room = max(model.max_seq_len - n_prompt, 1)
+    n_new = min(args.max_new_tokens, room) if prompts else room
     chat = Chat(args, model, model.load(min(n_prompt, model.max_seq_len), n_new))
-    load_s = time.perf_counter() - start
+    load_s, status = time.perf_counter() - start, 0
     if not prompts:
-        return converse(chat)
+        status = converse(chat)
+        stats = {"load_s": round(load_s, 4), "decode_tokens": len(chat.times)}
+        if args.stats:
+            say(json.dumps(stats | {"peak_rss_bytes": peak_rss_bytes()}))
+        return status
     chat.times.append(time.perf_counter())
     try:
         stream(chat.answer(prompts[0]))
-        status = 0
     except KeyboardInterrupt:  # what was written stays
         status = 130
     if args.stats:
@@ -1255,7 +1341,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("standard output is closed, so there is nowhere to write to")
     if args.chat:
         return talk(args)
-    return score(args) if args.score else complete(args)
+    return complete(args) if args.score is None else score(args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

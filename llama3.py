@@ -391,10 +391,7 @@ class _SamplingFields(NamedTuple):
 
 
 class Sampling(_SamplingFields):
-    """How the next token is chosen from the logits: Sampling(temperature=0.8, top_p=0.9, seed=1).
-
-    Raises ValueError, which names the value that is not within SAMPLING_LIMITS.
-    """
+    """How the next token is chosen: Sampling(temperature=0.8, seed=1). ValueError if impossible."""
 
     def __new__(cls, *values: float | None, **named: float | None) -> "Sampling":
         fields = _SamplingFields(*values, **named)._asdict()
@@ -419,8 +416,7 @@ def penalized(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
-def _kept(probabilities: Tensor, keep: Tensor) -> Tensor:
-    """Some of the probabilities [..., V], scaled to sum to 1 again."""
+def _kept(probabilities: Tensor, keep: Tensor) -> Tensor:  # scaled to sum to 1 again
     kept = probabilities.masked_fill(~keep, 0.0)
     return kept / kept.sum(-1, keepdim=True)
 
@@ -485,14 +481,16 @@ class Context:
     def __init__(self) -> None:
         self.tokens: list[int] = []  # of the first row of a batch
         self.cache: Tensor | None = None
+        self.batch = 0
 
     def begin(self, prompts: list[list[int]], weights: Weights, config: Config, length: int) -> int:
         """Keep what the only prompt begins with, but its last token; how many tokens that are."""
         same = (a == b for a, b in zip(self.tokens, prompts[0][:-1], strict=False))
-        n = sum(itertools.takewhile(bool, same)) * (len(prompts) == 1)
+        n = sum(itertools.takewhile(bool, same)) if len(prompts) == self.batch == 1 else 0
         del self.tokens[n:]
+        self.batch = len(prompts)
         if n == 0:
-            self.cache = new_cache(weights, config, length, batch=[len(prompts)])
+            self.cache = new_cache(weights, config, length, batch=[self.batch])
         elif self.cache.shape[-2] < length:
             self.cache = longer_cache(self.cache, length)
         return n
@@ -609,6 +607,8 @@ def score(
 
     tokens [T] -> float32 [T - first], of tokens[first:]. Some positions at a time go by `progress`.
     """
+    Limits(int, 1, 2**63 - 1).check("first", first)
+    tokens = Limits(int, 0, config.vocab_size - 1).check_each("the text", tokens)
     tokens = torch.tensor(tokens, device=weights["norm.weight"].device)
     cache = new_cache(weights, config, len(tokens))
     rows = max(min(SCORED_LOGITS // config.vocab_size, PREFILL_TOKENS), 1)

@@ -348,6 +348,10 @@ def check_messages(messages: object) -> list[Mapping[str, Any]]:
             if not (isinstance(message, Mapping) and isinstance(message.get(key), str)):
                 found = one_line(repr(message), 60)
                 raise ValueError(f'message {number} is {found}, expected a text as its "{key}"')
+        for key, kind in (("stop_reason", str), ("python_tag", bool)):
+            if not isinstance(message.get(key), kind | None):
+                found = f'"{key}": {one_line(repr(message[key]), 40)}'
+                raise ValueError(f"message {number} has {found}, expected a {kind.__name__}")
     return messages
 
 

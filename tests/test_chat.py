@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import select
+import subprocess
 import sys
 
 import pytest
@@ -38,14 +40,16 @@ def test_one_exchange_is_a_dialog_of_one_message(capsys, demo_config, demo_token
         out, err = said(capsys, "--prompt", JAPAN["content"], *arguments)
         assert (out, err) == (demo_tokenizer.decode([*tokens]), "")
     out, err = said(capsys, "--prompt", JAPAN["content"], "--stats", "--max-new-tokens", "4")
-    stats = json.loads(err)
+    cut, stats = err.splitlines()
+    assert cut.startswith("llama3.py: the answer was cut off: ")
+    stats = json.loads(stats)
     assert stats["prompt_tokens"] == len(tokenizer_setup.encode_dialog(demo_tokenizer, [JAPAN]))
     assert stats["decode_tokens"] == 3
 
 
 def test_in_a_pipe_a_line_is_a_turn_and_an_answer_is_a_line(capsys, monkeypatch, tmp_path):
     lines = [JAPAN["content"], "", "What is 3 plus 4?", "/reset", "/nope", "What is 17 plus 8?"]
-    out, err = said(capsys, lines=[*lines, "/exit", "What is 1 plus 1?"])
+    out, err = said(capsys, lines=["\ufeff" + lines[0], *lines[1:], "/exit", "What is 1 plus 1?"])
     assert out == "The capital of Japan is Tokyo.\n3 plus 4 is 7.\n17 plus 8 is 25.\n"
     assert err == (
         "llama3.py: a new conversation\nllama3.py: /nope is no command; /help lists them\n"
@@ -56,7 +60,7 @@ def test_in_a_pipe_a_line_is_a_turn_and_an_answer_is_a_line(capsys, monkeypatch,
     assert "standard input is closed" in said(capsys, status=2).err
     bad = io.TextIOWrapper(io.BytesIO(b"\xff\n"))
     monkeypatch.setattr(sys, "stdin", bad)
-    assert "standard input: found the byte 0xff" in said(capsys, status=2).err
+    assert "standard input, line 1: found the byte 0xff" in said(capsys, status=2).err
 
 
 def test_turns_are_answered_as_whole_dialogs_and_only_what_is_new_is_read(
@@ -116,12 +120,14 @@ def test_the_oldest_turns_go_when_the_context_is_full(capsys, demo_config, demo_
     assert chat.messages[-2]["content"] == "What is 5 plus 4?"
     assert len(chat.messages) < 13
     err = capsys.readouterr().err
-    assert "llama3.py: the context is full: the oldest turn was dropped\n" in err
+    assert "llama3.py: the context is full: the 2 oldest turns were dropped\n" in err
+    assert err.count("dropped") < 4  # half of the context goes at a time, not a turn at each
     with pytest.raises(command_line.UsageError, match="has room for 80 and an answer; shorten it"):
         next(chat.answer("word " * 100))
     assert chat.messages[-2]["content"] == "What is 5 plus 4?"
-    out, err = said(capsys, "--max-seq-len", 60, lines=["word " * 100, JAPAN["content"]])
-    assert out == TOKYO["content"] + "\n"
+    lines = ["word " * 100, JAPAN["content"]]
+    out, err = said(capsys, "--max-seq-len", 60, lines=lines, status=2)
+    assert out == "\n" + TOKYO["content"] + "\n"  # a line for each turn
     assert "shorten it" in err
     err = said(capsys, "--max-seq-len", 60, "--prompt", "word " * 100, status=2).err
     assert "shorten it" in err
@@ -199,7 +205,19 @@ def test_a_conversation_is_saved_and_gone_on_with(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "3", '{"role": "user"}', '[{"role": "user"}]', "[[]]", '["a"]', "[" * 9999]
+    "content",
+    [
+        '[{"role": "user", "content": "a", "stop_reason": 3}]',
+        '[{"role": "user", "content": "a", "python_tag": "no"}]',
+        "",
+        "{",
+        "3",
+        '{"role": "user"}',
+        '[{"role": "user"}]',
+        "[[]]",
+        '["a"]',
+        "[" * 9999,
+    ],
 )
 def test_what_is_no_conversation_is_not_loaded(capsys, tmp_path, content):
     (tmp_path / "bad").write_text(content)
@@ -214,7 +232,10 @@ def test_commands_that_cannot_be_obeyed_say_so(capsys, tmp_path):
         "/load": "/load needs the name of a file",
         "/save ": "/save needs the name of a file",
         f"/load {tmp_path / 'no'}": "cannot be read: No such file",
-        f"/load {tmp_path}": "cannot be read: Is a directory",
+        f"/load {tmp_path}": "cannot be read: it is no regular file",
+        "/load standard output": "standard output: cannot be read: No such file",
+        "/load -": "cannot be read: No such file",
+        "/save a\0b": "cannot be written: embedded null byte",
         f"/save {tmp_path / 'no' / 'no'}": "cannot be written: No such file",
         f"/save {tmp_path}": "cannot be written: Is a directory",
     }.items():
@@ -258,7 +279,7 @@ def test_a_model_without_a_dialog_format_cannot_chat(capsys, monkeypatch):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a terminal of its own (pty)")
 def test_a_conversation_on_a_terminal(tmp_path):
-    """A line that goes on, a paste of two lines, Ctrl-C in an answer and in a line, Ctrl-D."""
+    """A line that goes on, a paste of two lines, Ctrl-C in an answer, Ctrl-D."""
     import pty
 
     # An answer without end, to be stopped: the one to "stop me" waits until it is.
@@ -284,6 +305,7 @@ def test_a_conversation_on_a_terminal(tmp_path):
     def until(text):
         nonlocal shown
         while text not in shown:
+            assert select.select([terminal], [], [], 120)[0], shown  # or a fault would wait forever
             shown += os.read(terminal, 4096)
         before, _, shown = shown.partition(text)
         return before.replace(b"\r\n", b"\n")
@@ -300,7 +322,6 @@ def test_a_conversation_on_a_terminal(tmp_path):
     type_in(b"stop me\n", wait=b"waiting")
     type_in(b"\x03")
     assert b"no command" in type_in(b"/nope\n")
-    type_in(b"half a line\x03")
     type_in(f"/save {tmp_path / 'saved'}\n".encode())
     os.write(terminal, b"\x04")
     assert os.waitpid(process, 0)[1] == 0
@@ -324,3 +345,48 @@ def test_a_model_that_never_ends_is_stopped_by_the_number_of_tokens(
     chat.args.max_new_tokens = 100
     [*chat.answer("b")]
     assert len(chat.context.tokens) == 59  # of the 60th the logits were computed, and no more
+
+
+def test_a_line_that_begins_with_a_path_is_a_message(capsys):
+    out, err = said(capsys, lines=["/etc/hosts what?", "/usr"])
+    assert (out.count("\n"), err) == (1, "llama3.py: /usr is no command; /help lists them\n")
+
+
+def test_a_reader_that_has_enough_ends_the_conversation():
+    command = f"yes '{JAPAN['content']}' | '{sys.executable}' llama3.py --chat --ckpt-dir demo"
+    result = subprocess.run(
+        f"{command} | head -n 2", shell=True, cwd=ROOT, capture_output=True, text=True
+    )
+    assert (result.stdout, result.stderr) == ((TOKYO["content"] + "\n") * 2, "")
+
+
+def test_an_answer_that_fails_leaves_the_conversation(capsys, monkeypatch):
+    """In a pipe with an empty line, so that the others keep their places."""
+    answer = command_line.Chat.answer
+
+    def failing(self, text):
+        if text == "overflow":
+            raise FloatingPointError("the logits are not finite")
+        if text == "large":
+            raise MemoryError
+        return answer(self, text)
+
+    monkeypatch.setattr(command_line.Chat, "answer", failing)
+    lines = ["overflow", JAPAN["content"], "large"]
+    out, err = said(capsys, "--stats", lines=lines, status=2)
+    assert out == f"\n{TOKYO['content']}\n\n"
+    *notes, stats = err.splitlines()
+    assert notes == ["llama3.py: the logits are not finite", "llama3.py: MemoryError"]
+    assert json.loads(stats)["decode_tokens"] > 5
+
+
+def test_a_line_without_an_end_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr(command_line, "MAX_PROMPT_BYTES", 1000)
+    assert (
+        "line 2: found more than 1000 bytes" in said(capsys, lines=["a", "b" * 1001], status=2).err
+    )
+
+
+def test_a_system_message_that_is_no_text_is_refused(capsys):
+    err = said(capsys, "--system", "\udcff", "--prompt", "a", status=2).err
+    assert "argument --system: found the byte 0xff" in err

@@ -365,6 +365,8 @@ def refused(capsys, *arguments):
         (["--prompt", "a", "--by-line"], "argument --by-line: it goes with --score FILE"),
         (["--prompt", "a", "--score", "b"], "argument --score: not allowed with argument --prompt"),
         (["--score", "b", "--logprobs", "2"], "argument --logprobs: not allowed with"),
+        (["--score", ""], "argument --score: : cannot be read: No such file"),
+        (["--prompt-file", "-", "--prompt-file", "-"], "argument --prompt-file: standard input is"),
         (["--score", "no such file"], "argument --score: no such file: cannot be read: No such"),
         (["--score", "README.md", "--max-seq-len", "1"], "--max-seq-len 1: a score needs"),
         (["--prompt", "a", "--temp", "1"], "unrecognized arguments: --temp 1"),
@@ -558,7 +560,13 @@ def test_a_score_is_that_of_the_whole_text(
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
     out, err = answered(capsys, "--score", "-", *model, "--stats")
     assert json.loads(out) == expected(text)
-    assert json.loads(err)["tokens"] == expected(text)["tokens"] + 1
+    assert json.loads(err)["tokens"] == expected(text)["tokens"]
+    lines = "a\fb\u2028c\r\n\rd\n\n"  # of which three line breaks end lines
+    (tmp_path / "text").write_text(lines, newline="")
+    out = answered(capsys, *arguments, "--by-line").out
+    assert [json.loads(line) for line in out.splitlines()] == [
+        *map(expected, ["a\fb\u2028c", "\rd", ""])
+    ]
 
 
 @pytest.mark.parametrize(
@@ -678,8 +686,12 @@ def test_a_picture_shows_where_a_head_attends(monkeypatch, tmp_path, demo_tokeni
     ("arguments", "says"),
     [
         (["--plot-layer", "4"], "argument --plot-layer: found 4, expected a layer from 0 to 3"),
-        (["--plot", "no/such/a.png"], "argument --plot: no/such/a.png: cannot be written: No such"),
-        (["--plot", "a.xyz"], "argument --plot: a.xyz: cannot be written: Format 'xyz' is not"),
+        (
+            ["--plot", "no/such/a.png"],
+            "argument --plot: no/such/a.png: cannot be written: there is no",
+        ),
+        (["--plot", "a.xyz"], "argument --plot: found 'a.xyz', expected the name of a .png"),
+        (["--plot", ""], "argument --plot: found '', expected the name of a .png file"),
         (["--prompt", "b"], "argument --plot: it goes with a single prompt"),
         (["--chat"], "argument --plot: it goes with a single prompt"),
     ],
@@ -690,6 +702,16 @@ def test_a_picture_that_cannot_be_drawn_is_refused(capsys, tmp_path, arguments, 
     arguments = ["--prompt", "a", "--ckpt-dir", str(DEMO), *plot, *arguments]
     assert refused(capsys, *arguments).startswith(says)
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_picture_of_a_prompt_that_fills_the_context(capsys, tmp_path, monkeypatch):
+    """Whatever the user's own settings of matplotlib are."""
+    monkeypatch.setenv("MPLBACKEND", "none such")
+    path = str(tmp_path / "a.png")
+    arguments = ["--ckpt-dir", str(DEMO), "--plot", path, "--max-seq-len", "5"]
+    out, err = answered(capsys, "--prompt", "17 plus 8", *arguments)
+    assert out == ""
+    assert f"llama3.py: drew {path}\n" in err
 
 
 def test_a_layer_goes_with_a_picture(capsys):

@@ -936,6 +936,16 @@ def test_counts_and_lengths_beyond_the_file_end_at_once(tmp_path, capfd, at, val
     refused(capfd, path, says)
 
 
+def test_a_key_that_is_there_twice_is_refused(tmp_path, capfd):
+    path = plain_gguf(tmp_path)
+    content = path.read_bytes()
+    at = content.index(b"llama.block_count") - 8
+    field = content[at : at + 8 + 17 + 8]
+    count = struct.pack("<Q", struct.unpack_from("<Q", content, 16)[0] + 1)
+    path.write_bytes(content[:16] + count + content[24:at] + field + content[at:])
+    refused(capfd, path, '"llama.block_count" is there twice in its header')
+
+
 def test_arrays_and_tensors_beyond_the_file_end_at_once(tmp_path, capfd):
     path = plain_gguf(tmp_path)
     content = path.read_bytes()

@@ -14,12 +14,12 @@ import re
 import shutil
 import warnings
 
-import gguf
 import pytest
 import torch
 from conftest import compressed, config_of, random_weights
 from hypothesis import given, note
 from hypothesis import strategies as st
+from test_convert import write_gguf
 
 import checkpoint_files
 import command_line
@@ -412,28 +412,17 @@ def sources(made, tmp_path_factory):
     convert.to_hf(made, base / "hf")
     (base / "gguf").mkdir()
     config = llama3.load_config(made)
-    writer = gguf.GGUFWriter(base / "gguf" / "model.gguf", "llama")
-    writer.add_block_count(config.n_layers)
-    writer.add_embedding_length(config.dim)
-    writer.add_feed_forward_length(config.ffn_dim)
-    writer.add_head_count(config.n_heads)
-    writer.add_head_count_kv(config.n_kv_heads)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("llama-bpe")
-    tokens = [convert.CHARACTER_OF[byte] for byte in range(256)]
-    writer.add_token_list([*tokens, *tokenizer_setup.SPECIAL_TOKENS])
-    writer.add_token_types([1] * 256 + [3] * 256)
-    writer.add_token_merges([])
-    writer.add_bos_token_id(256)
-    for name, weight in llama3.map_weights(made, config).items():
-        there = convert.renamed(name, convert.GGUF_NAMES, "layers", "blk")
-        writer.add_tensor(there, weight.float().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+
+    def vocabulary(writer):
+        writer.add_tokenizer_pre("llama-bpe")
+        tokens = [convert.CHARACTER_OF[byte] for byte in range(256)]
+        writer.add_token_list([*tokens, *tokenizer_setup.SPECIAL_TOKENS])
+        writer.add_token_types([1] * 256 + [3] * 256)
+        writer.add_token_merges([])
+        writer.add_bos_token_id(256)
+
+    weights = llama3.map_weights(made, config)
+    write_gguf(base / "gguf" / "model.gguf", weights, config, tokens=vocabulary)
     for folder in ("hf", "gguf"):
         assert command_line.main(["--ckpt-dir", str(base / folder), *COMPLETE]) == 0
     return base

@@ -432,6 +432,16 @@ def test_a_context_is_gone_on_from(model, monkeypatch):
         context.tokens = context.tokens[: len(prompt)]
 
 
+def test_a_context_of_a_batch_is_not_gone_on_from(model):
+    context = llama3.Context()
+    prompts = [[1, 2, 3, 4], [2, 3]]
+    [*llama3.steps(prompts, *model, max_new_tokens=2, context=context)]
+    expected = [*llama3.generate([1, 2, 3, 4, 7], *model, max_new_tokens=5)]
+    assert [
+        *llama3.generate([1, 2, 3, 4, 7], *model, max_new_tokens=5, context=context)
+    ] == expected
+
+
 def test_a_score_is_the_log_probability_of_each_token_after_those_before(model, monkeypatch):
     tokens = random_tokens(model[1], 70)
     logprobs = torch.log_softmax(llama3.forward(tokens, *model), -1)
@@ -447,5 +457,10 @@ def test_a_score_is_the_log_probability_of_each_token_after_those_before(model, 
 
     assert apart(llama3.score(tokens.tolist(), *model, progress=progress), expected) < 1e-5
     assert seen == [*range(0, 69, 9)]  # some rows of logits at a time
+    for bad in ([99999], [-1], "ab", [1.5]):
+        with pytest.raises(ValueError, match="the text: found"):
+            llama3.score(bad, *model)
+    with pytest.raises(ValueError, match="first: found 0, expected a whole number from 1"):
+        llama3.score([5, 6], *model, first=0)
     assert llama3.score([5], *model).shape == (0,)
     assert llama3.score([5, 6], *model).shape == (1,)

@@ -6,6 +6,8 @@ file of 4 and 8 bits a weight.
 
 import importlib.util
 import io
+import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -136,3 +138,17 @@ def test_the_readmes_conversation_is_what_it_says(path, capsys, monkeypatch):
     assert command_line.main(arguments) == 0
     answers = capsys.readouterr().out.splitlines()
     assert answers == shown
+
+
+def test_the_first_token_of_a_text_is_not_scored(path, capsys, tmp_path, source, weights):
+    """This family has no token that begins a text."""
+    (tmp_path / "text").write_text("hello there")
+    arguments = ["--score", str(tmp_path / "text"), "--ckpt-dir", str(path), "--dtype", "float32"]
+    assert command_line.main(arguments) == 0
+    line = json.loads(capsys.readouterr().out)
+    tokens = torch.tensor(tokenizer_setup.encode(source.tokenizer(), "hello there"))
+    logprobs = torch.log_softmax(llama3.forward(tokens, weights, source.config), -1)
+    nll = -logprobs[:-1].gather(1, tokens[1:, None]).sum().item()
+    assert (line["tokens"], len(tokens)) == (1, 2)
+    assert line["nll"] == pytest.approx(nll, abs=1e-3)
+    assert line["bits_per_byte"] == pytest.approx(nll / math.log(2) / len(" there"), rel=1e-3)
