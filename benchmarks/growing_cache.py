@@ -34,8 +34,8 @@ def main() -> None:
     weights = llama3.load_weights(ROOT / "demo", config)
     growing = llama3.new_cache
 
-    def whole(weights: llama3.Weights, config: llama3.Config, length: int) -> torch.Tensor:
-        return growing(weights, config, 1 + N_TOKENS)
+    def whole(weights: llama3.Weights, config: llama3.Config, _: int, batch: list) -> torch.Tensor:
+        return growing(weights, config, 1 + N_TOKENS, batch)
 
     ratios = []
     for turn in range(TURNS):

@@ -394,12 +394,19 @@ def test_a_step_gives_the_models_own_distribution(model):
         tokens.append(chosen.item())
 
 
-def test_the_penalty_looks_at_prompt_and_completion(model):
-    prompt = random_tokens(model[1], 6).tolist()
+def test_the_penalty_looks_at_prompt_and_completion(model, monkeypatch):
+    """Of logits that are always the same, the next best that neither has is taken each time."""
+    logits = 100 - torch.arange(model[1].vocab_size).float()
+    monkeypatch.setattr(
+        llama3, "forward", lambda tokens, *_, **__: logits.expand(len(tokens), 1, -1)
+    )
     sampling = llama3.Sampling(repetition_penalty=100)
-    options = {"max_new_tokens": 60, "sampling": sampling}
-    penalized = [*llama3.generate(prompt, *model, **options)]
-    assert len({*prompt, *penalized}) == len(set(prompt)) + 60  # no token again
+    prompts = [[0, 2, 9], [1]]
+    steps = llama3.steps(prompts, *model, max_new_tokens=5, sampling=sampling)
+    rows = zip(*(tokens.tolist() for tokens, _ in steps), strict=True)
+    assert [*rows] == [(1, 3, 4, 5, 6), (0, 2, 3, 4, 5)]
+    steps = llama3.steps(prompts, *model, max_new_tokens=2)
+    assert [tokens.tolist() for tokens, _ in steps] == [[0, 0]] * 2
 
 
 def test_a_context_is_gone_on_from(model, monkeypatch):
