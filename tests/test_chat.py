@@ -152,6 +152,11 @@ def test_an_answer_that_is_stopped_stays_and_the_conversation_goes_on(
     assert TOKYO["content"].startswith(chat.messages[1]["content"])
     assert 0 < len(chat.messages[1]["content"]) < 20
     assert "".join(chat.answer("What is 3 plus 4?")) == "3 plus 4 is 7."
+    before = [*chat.messages]
+    drawn[:] = drawn[:4]  # the next one is interrupted, before there is anything of an answer
+    with pytest.raises(KeyboardInterrupt):
+        [*chat.answer("What is 1 plus 1?")]
+    assert chat.messages == before
 
 
 def test_calls_of_tools_end_their_turn_and_stay_in_the_transcript(
@@ -355,7 +360,12 @@ def test_a_line_that_begins_with_a_path_is_a_message(capsys):
 def test_a_reader_that_has_enough_ends_the_conversation():
     command = f"yes '{JAPAN['content']}' | '{sys.executable}' llama3.py --chat --ckpt-dir demo"
     result = subprocess.run(
-        f"{command} | head -n 2", shell=True, cwd=ROOT, capture_output=True, text=True
+        f"{command} | head -n 2",
+        shell=True,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert (result.stdout, result.stderr) == ((TOKYO["content"] + "\n") * 2, "")
 
