@@ -126,9 +126,9 @@ class Source(NamedTuple):
         copies = (stored for stored in self.stored.values() if stored.is_copy)
         return sum(math.prod(stored.shape) * stored.dtype.itemsize for stored in copies)
 
-    def tokenizer(self) -> Tokenizer:
-        """Its tokenizer. Raises CheckpointError."""
-        ranks, text_format = self.vocabulary()
+    def tokenizer(self, vocabulary: Vocabulary | None = None) -> Tokenizer:
+        """Its tokenizer, of its vocabulary, which may be given. Raises CheckpointError."""
+        ranks, text_format = vocabulary or self.vocabulary()
         n_vocab = len(ranks) + len(text_format.special_tokens if text_format else SPECIAL_TOKENS)
         if n_vocab > self.config.vocab_size:
             problem = f'the tokenizer has {n_vocab} tokens, but the "vocab_size" of the model is'
@@ -1217,13 +1217,14 @@ def to_meta(
 
     tokenizer: write that as well. Raises CheckpointError.
     """
-    if tokenizer:
-        source.tokenizer()  # or it is refused now
+    vocabulary = source.vocabulary() if tokenizer else None
+    if vocabulary:
+        source.tokenizer(vocabulary)  # or it is refused now
     sizes = (math.prod(s.shape) * s.dtype.itemsize for s in source.stored.values())
     with new_folder(out_dir, sum(sizes)) as folder:
         (folder / "params.json").write_text(json.dumps(source.params) + "\n")
-        if tokenizer:
-            write_vocabulary(folder, source.vocabulary())
+        if vocabulary:
+            write_vocabulary(folder, vocabulary)
         write_pth(folder / "consolidated.00.pth", source.stored, progress)
 
 
