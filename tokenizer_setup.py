@@ -43,8 +43,9 @@ SPLIT_PATTERNS = {
     "smollm": _GPT2.replace(r" ?\p{N}+", r"\p{N}").replace(r"(?!\S)", r"(?![^\s\p{N}])"),
 }
 
-# Their ids follow the last rank, in this order. Llama 3.0 called those at 4, 5, 8 and 10 reserved
-# tokens; the ids are the same, so one table serves every release.
+# Their ids follow the last rank, in this order. An id means the same in every release, but the
+# numbers in the names of the reserved tokens do not: in Llama 3.0 those at 4, 5, 8 and 10 are
+# reserved tokens too, and 128010 is its <|reserved_special_token_5|>, later <|python_tag|>.
 _NAMED_SPECIAL_TOKENS = (
     "<|begin_of_text|>",
     "<|end_of_text|>",
