@@ -3,17 +3,17 @@
     figure, axes = figure_of(1, 2)   # what is drawn on
     show(figure, "what is to be seen in it, in one line")
 
-A picture is shown with that line under it, and with its title and the line as its alternative text,
-for those who do not see it.
+A picture is shown with that line under it. The output has its title and the line as alternative
+text too, for viewers that know of it.
 
     python demo/pictures.py
 
-writes the pictures of the README: those that the notebook's cells tagged "readme" have last drawn.
+runs the notebook, stores its outputs in it, and writes the pictures of the README, which are those
+of the cells tagged "readme".
 """
 
 import base64
 import io
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -24,14 +24,15 @@ from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize, PowerNorm
+from matplotlib.colors import Normalize, PowerNorm, SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Rectangle
 from matplotlib.ticker import MaxNLocator, NullLocator
 from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent))
+if __name__ == "__main__":
+    sys.path.append(str(HERE.parent))
 
 from command_line import label_of  # noqa: E402
 from llama3 import Config  # noqa: E402
@@ -41,23 +42,18 @@ BLUE, ORANGE, GRAY, LIGHT = "#2f6db3", "#d9772b", "#9aa5b1", "#eef2f6"
 HIDDEN = "#d5dade"  # what a mask hides
 SHARES = {"cmap": "Blues", "norm": PowerNorm(0.5, 0, 1)}  # the root, to tell small shares apart
 SHARE_TICKS = [0, 0.1, 0.3, 0.6, 1]
-MOST_LABELS = 60  # tokens on an axis, beyond which only positions are written
 
-matplotlib.rcParams.update(
-    {
-        "axes.prop_cycle": matplotlib.cycler(color=[BLUE, ORANGE, GRAY]),
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.axisbelow": True,
-        "axes.titlesize": "medium",
-        "figure.titlesize": "medium",
-        "figure.labelsize": "medium",
-        "grid.color": "#e3e7eb",
-        "legend.edgecolor": "none",
-        "legend.framealpha": 0.9,
-        "text.parse_math": False,  # a token may hold a dollar sign
-    }
-)
+STYLE = {
+    "axes.prop_cycle": matplotlib.cycler(color=[BLUE, ORANGE, GRAY]),
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.titlesize": "medium",
+    "figure.titlesize": "medium",
+    "legend.edgecolor": "none",
+    "legend.framealpha": 0.9,
+    "text.parse_math": False,  # a token may hold a dollar sign
+}
 
 # --- on every picture -----------------------------------------------------------------------------
 
@@ -65,19 +61,31 @@ _font = font_manager.get_font(font_manager.findfont("DejaVu Sans"))
 
 
 def label(tokenizer: Tokenizer, token: int) -> str:
-    """A token's text as it can be drawn: spaces are dots; what the font lacks, or bytes, hex."""
-    token = tokenizer.decode_single_token_bytes(int(token))
-    return label_of(token, lambda character: _font.get_char_index(ord(character)) != 0)
+    """A token's text as it can be drawn: spaces are dots; what the font lacks, or bytes, hex.
+
+    A token that only the model has, and not its tokenizer, is its id.
+    """
+    if token >= tokenizer.n_vocab:
+        return f"<{token}>"
+    text = tokenizer.decode_single_token_bytes(int(token))
+    return label_of(text, lambda character: _font.get_char_index(ord(character)) != 0)
 
 
-def figure_of(rows: int = 1, columns: int = 1, size=(8, 3.2), **options: object) -> tuple:
-    """A figure and its axes, as pyplot.subplots gives them. size: in inches, at 100 dots each."""
+def figure_of(
+    rows: int = 1, columns: int = 1, size: tuple[float, float] = (8, 3.2), **options: object
+) -> tuple[Figure, Axes]:
+    """A figure and its axes, as pyplot.subplots gives them. size: in inches, at 100 dots each.
+
+    From here on, matplotlib draws in the STYLE of this file.
+    """
+    matplotlib.rcParams.update(STYLE)
     figure = Figure(size, dpi=100, layout="constrained")
     return figure, figure.subplots(rows, columns, **options)
 
 
 def title_of(figure: Figure) -> str:
-    return figure.get_suptitle() or figure.axes[0].get_title()
+    """The title of a figure, or of its only panel."""
+    return (figure.get_suptitle() or figure.axes[0].get_title()).strip()
 
 
 def show(figure: Figure, text: str) -> None:
@@ -100,15 +108,16 @@ def logarithmic(axis: Axis) -> None:
 
 
 def whole_numbers(*axes: Axis) -> None:
+    """Write only whole numbers on axes."""
     for axis in axes:
         axis.set_major_locator(MaxNLocator(6, integer=True))
 
 
 def name_tokens(axis: Axis, labels: Sequence[str], inches: float = 6) -> None:
     """Write tokens on an axis of this length; only positions where there are too many."""
-    if len(labels) > MOST_LABELS:
-        return whole_numbers(axis)
     size = min(9, 60 * inches / len(labels))
+    if size < 4:  # points: nobody could read them
+        return whole_numbers(axis)
     upright = axis.axis_name == "x" and sum(map(len, labels)) * size > 80 * inches
     axis.set_ticks(range(len(labels)), labels, rotation=90 * upright, fontsize=size)
 
@@ -149,15 +158,16 @@ def rotations(found: Tensor, positions: Sequence[int]) -> Figure:
 
 
 def attention(
-    scores: Tensor, masked: Tensor, shares: Tensor, labels: Sequence[str], title: str
+    scores: Tensor, visible: Tensor, shares: Tensor, labels: Sequence[str], title: str
 ) -> Figure:
-    """Scores [T, T] before the mask and after it, and shares: a row for each token that looks."""
-    most = scores.float().abs().max().item()
-    both_ways = {"cmap": "RdBu_r", "vmin": -most, "vmax": most}
+    """Scores [T, T] before the mask `visible` and after it, and shares: a row for each query."""
+    most = max(scores.float().abs().max().item(), 1e-3)
+    both_ways = {"cmap": "RdBu_r", "norm": SymLogNorm(most / 20, vmin=-most, vmax=most)}
+    masked, shares = (x.float().masked_fill(~visible, math.nan) for x in (scores, shares))
     figure, panels = figure_of(1, 3, size=(8, 4.1), sharey=True)
     for axes, matrix, name, colors in [
         (panels[0], scores, "scores", both_ways),
-        (panels[1], masked, "after the mask", both_ways),
+        (panels[1], masked, "masked", both_ways),
         (panels[2], shares, "shares", SHARES),
     ]:
         image = axes.imshow(matrix.float().cpu().numpy(), **colors)
@@ -165,10 +175,12 @@ def attention(
         axes.set(title=name, xlabel="key of token", ylabel="query of token")
         axes.label_outer()
         name_tokens(axes.xaxis, labels, 1.9)
-        what, ticks = ("share", SHARE_TICKS) if name == "shares" else ("score", None)
-        figure.colorbar(image, ax=axes, location="bottom", label=what, ticks=ticks, aspect=30)
+        ticks = [-most, -most / 10, 0, most / 10, most]
+        what, ticks = ("share", SHARE_TICKS) if name == "shares" else ("score", ticks)
+        place = {"location": "bottom", "aspect": 30, "format": "%.2g"}
+        figure.colorbar(image, ax=axes, label=what, ticks=ticks, **place).minorticks_off()
     name_tokens(panels[0].yaxis, labels, 1.9)
-    figure.suptitle(title)
+    figure.suptitle(title + "\n")
     return figure
 
 
@@ -185,6 +197,7 @@ def heads(shares: Tensor, labels: Sequence[str], title: str, group: int) -> Figu
             axes.axis("off")
             continue
         image = axes.imshow(shares[head].float().cpu().numpy(), **SHARES)
+        axes.set(xlabel="key of token", ylabel="query of token")
         axes.set_title(f"head {head}, keys {head // group}", fontsize="small")
         if columns <= 4:
             name_tokens(axes.xaxis, labels, side)
@@ -192,8 +205,7 @@ def heads(shares: Tensor, labels: Sequence[str], title: str, group: int) -> Figu
             axes.tick_params(length=2, pad=2)
         else:
             whole_numbers(axes.xaxis, axes.yaxis)
-    figure.supxlabel("key of token")
-    figure.supylabel("query of token")
+        axes.label_outer(remove_inner_ticks=True)
     figure.suptitle(title)
     place = {"location": "bottom", "aspect": 60, "pad": 0.01}
     figure.colorbar(image, ax=grid, label="share", ticks=SHARE_TICKS, **place)
@@ -218,18 +230,19 @@ def last_row(
 
 
 def table(
-    chances: Tensor,
+    shares: Sequence[Sequence[float]],
     texts: Sequence[Sequence[str]],
     right: Sequence[Sequence[bool]],
     rows: Sequence[str],
     columns: Sequence[str],
 ) -> tuple[Figure, Axes]:
-    """A table of answers, [rows, columns]: the likelier the darker, in orange where it is wrong."""
+    """A table of texts [rows, columns]: the greater a share the darker, orange where not right."""
     figure, axes = figure_of(size=(8, 1 + 0.27 * len(rows)))
-    axes.imshow(chances.numpy(), aspect="auto", cmap="Blues", norm=Normalize(0, 1.6))
+    axes.imshow(shares, aspect="auto", cmap="Blues", norm=Normalize(0, 1.6))
     for y, row in enumerate(texts):
         for x, text in enumerate(row):
-            color = ("w" if chances[y][x] > 0.7 else "k") if right[y][x] else ORANGE
+            dark = shares[y][x] > 0.5
+            color = ("w" if dark else "k") if right[y][x] else ("#ffd9b3" if dark else ORANGE)
             weight = "normal" if right[y][x] else "bold"
             place = {"ha": "center", "va": "center", "fontsize": 8}
             axes.text(x, y, text, color=color, weight=weight, **place)
@@ -302,12 +315,12 @@ def model(config: Config, n_tokens: int) -> Figure:
 
 
 def groups(config: Config, head: int) -> Figure:
-    """Which heads of queries share which head of keys and values; one of them stands out."""
+    """Which heads of queries share which head of keys and values; `head` stands out."""
     n, shared = config.n_heads, config.n_kv_heads
-    title = f"{n} heads of queries read {shared} heads of keys and values"
+    title = f"Heads of queries: {n}, heads of keys and values: {shared}"
     figure, axes = _canvas(n, 3, (8, 2), title)
     group = n // shared
-    size = min(9.0, 8 * 30 / n)
+    size = max(9 if n <= 16 else 8 * 30 / n, 4)
     for h in range(n):
         mine = h == head
         x, below = h + 0.5, (h // group + 0.5) * group
@@ -373,7 +386,20 @@ def of_the_readme(notebook: dict) -> dict[str, bytes]:
     return found
 
 
-if __name__ == "__main__":
-    notebook = json.loads((HERE.parent / "notebook.ipynb").read_text())
+def main() -> None:
+    import nbformat
+    from nbclient import NotebookClient
+
+    path = HERE.parent / "notebook.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    options = {"record_timing": False, "coalesce_streams": True}  # so that little differs each time
+    NotebookClient(
+        notebook, resources={"metadata": {"path": str(path.parent)}}, **options
+    ).execute()
+    nbformat.write(notebook, path)
     for name, png in of_the_readme(notebook).items():
         (HERE / f"{name}.png").write_bytes(png)
+
+
+if __name__ == "__main__":
+    main()
