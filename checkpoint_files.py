@@ -5,6 +5,7 @@ CheckpointError defined here, so that one `except` serves a whole folder. Limits
 from anywhere: from params.json, from options, from arguments.
 """
 
+import ctypes
 import errno
 import json
 import math
@@ -17,7 +18,7 @@ import struct
 import sys
 import warnings
 import zipfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TextIO
@@ -171,18 +172,21 @@ def find_file(ckpt_dir: str | os.PathLike, name: str) -> Path:
     raise CheckpointError(folder, f"{found}; needed is {needed}")
 
 
-def find_weights(ckpt_dir: str | os.PathLike) -> Path:
-    """The path of consolidated.00.pth in the folder `ckpt_dir`, the only one of its kind there.
+def find_weights(ckpt_dir: str | os.PathLike) -> list[Path]:
+    """The paths of consolidated.00.pth, consolidated.01.pth, ... in the folder `ckpt_dir`.
 
-    Raises CheckpointError. Other names, such as "consolidated.00 (1).pth", are of no consequence.
+    Raises CheckpointError if one is missing in between. Other names, such as
+    "consolidated.00 (1).pth", are of no consequence.
     """
-    path = find_file(ckpt_dir, "consolidated.00.pth")
-    files = path.parent.glob("consolidated.*.pth")
-    n_files = sum(bool(re.fullmatch(r"consolidated\.\d+\.pth", file.name)) for file in files)
-    if n_files > 1:
-        sharded = f"the checkpoint is split over {n_files} files, which cannot be loaded yet"
-        raise CheckpointError(path.parent, f"{sharded}; use a model of one consolidated.00.pth")
-    return path
+    folder = find_file(ckpt_dir, "consolidated.00.pth").parent
+    names = {file.name for file in folder.glob("consolidated.*.pth")}
+    names = {name for name in names if re.fullmatch(r"consolidated\.\d\d\.pth", name)}
+    wanted = [f"consolidated.{number:02}.pth" for number in range(len(names))]
+    missing = sorted(set(wanted) - names)
+    if missing:
+        problem = f"{missing[0]} is missing, but there is {max(names)}"
+        raise CheckpointError(folder, f"{problem}; expected all files of the model, from 00 on")
+    return [find_file(folder, name) for name in wanted]
 
 
 def read_file(path: Path, size: int = -1) -> bytes:
@@ -485,18 +489,17 @@ def opened_for_pytorch(path: Path) -> Iterator[tuple[str, str]]:
         refuse_pickle(path, error)
 
 
-def content_of_weights(ckpt_dir: str | os.PathLike, load: Callable) -> tuple[Path, object]:
-    """The path of consolidated.00.pth and what is in it, whatever that is, mapped into memory.
+def content_of_weights(path: Path, load: Callable) -> object:
+    """What is in a consolidated.NN.pth, whatever that is, mapped into memory.
 
     load: torch.load. Where it cannot be mapped it is read, with a UserWarning; those of pickle
     protocols are ignored, as what is wrong with them is raised. Raises CheckpointError.
     """
-    path = find_weights(ckpt_dir)
     with opened_for_pytorch(path) as (name, kind), warnings.catch_warnings(action="ignore"):
         content = load(name, map_location="cpu", weights_only=True, mmap=kind == MAPPABLE)
     if kind != MAPPABLE:
         warnings.warn(f"{path} is {kind}: it is read as a whole, not mapped", stacklevel=3)
-    return path, content
+    return content
 
 
 # Keys of params.json that change what is computed: other spellings of RoPE scaling, quantization,
@@ -599,13 +602,177 @@ def check_weights(
 def why_not_finite(weights: dict[str, Any], dtype: str) -> str:
     """The reason for logits that are not finite numbers: a weight, or a type that overflows."""
     dtype = dtype.removeprefix("torch.")
-    bad = next((name for name, weight in weights.items() if not weight.isfinite().all()), None)
+    pieces = {name: w if isinstance(w, list) else [w] for name, w in weights.items()}
+    bad = next((name for name, p in pieces.items() if not all(w.isfinite().all() for w in p)), None)
     reason = f"{bad} holds NaN or infinity"
     if bad is None:
         reason = f"{dtype} overflowed on the way, although all weights are finite"
     if dtype == "float16":
         reason += ", and float16 ends at 65504; compute in bfloat16 or float32 (--dtype)"
     return reason
+
+
+def check_finite(logits: Any, weights: Mapping[str, Any], step: int) -> None:
+    """Raise FloatingPointError, with the reason, if the logits of a step are not finite numbers."""
+    low, high = logits.aminmax()
+    if not math.isfinite((high - low).item()):
+        reason = why_not_finite(weights, str(weights["norm.weight"].dtype))
+        raise FloatingPointError(f"the logits of new token {step} are not finite numbers: {reason}")
+
+
+# --- parts of a model -----------------------------------------------------------------------------
+#
+# Meta's larger models lie in several files, each with a part of every matrix, and several processes
+# that compute one model have such parts too, as many as there are processes (Shoeybi et al. 2019,
+# Megatron-LM; fairscale's layers in Meta's llama3/model.py).
+
+
+def split_axis(name: str) -> int | None:
+    """The dimension in which a weight is cut: wo and w2 by columns, and norms not at all.
+
+    All other matrices are cut by rows, with their biases.
+    """
+    if "norm" in name:
+        return None
+    if re.search(r"\b(wo|w2)\.", name):
+        return 1 if name.endswith("weight") else None
+    return 0
+
+
+def _span(name: str, size: int, unit: int, part: int, parts: int) -> tuple[int, int]:
+    """From where to where a part goes, of a weight that is `size` long in its split_axis.
+
+    unit: rows or columns of attention that stay together. Where there are fewer of these units than
+    parts, several parts have the same one.
+    """
+    unit = unit if ".attention." in name else 1
+    n = size // unit
+    begin, end = n * part // parts, n * (part + 1) // parts
+    return begin * unit, max(end, begin + 1) * unit
+
+
+def possible_parts(n_heads: int, n_kv_heads: int) -> list[int]:
+    """Into how many parts a model can be cut for ranks: each has as many heads, with their keys."""
+    divisors = (n for n in range(1, n_heads + 1) if n_heads % n == 0)
+    return [n for n in divisors if n_kv_heads % n == 0 or n % n_kv_heads == 0]
+
+
+def shapes_of_part(
+    shapes: Mapping[str, tuple[int, ...]], unit: int, part: int, parts: int
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of one of so many parts; shapes: those of the whole.
+
+    unit: head_dim where heads stay whole, as ranks have them; 1 where rows are just cut.
+    """
+    found = {}
+    for name, shape in shapes.items():
+        sizes, axis = list(shape), split_axis(name)
+        if axis is not None:
+            begin, end = _span(name, sizes[axis], unit, part, parts)
+            sizes[axis] = end - begin
+        found[name] = tuple(sizes)
+    return found
+
+
+def part_of_weights(
+    files: Sequence[Mapping[str, Any]],
+    shapes: Mapping[str, tuple[int, ...]],
+    head_dim: int,
+    part: int,
+    parts: int,
+    unit: int = 1,
+) -> dict[str, Any]:
+    """What one of so many ranks has of the weights that lie in these files, or in a single one.
+
+    Views of the files' tensors; where they come from several files, a list of them. shapes: those
+    of the whole; unit: as the files were cut, see `shapes_of_part`.
+    """
+    found = {}
+    for name, first in files[0].items():
+        axis = split_axis(name)
+        if axis is None:
+            found[name] = first.detach()
+            continue
+        size = shapes[re.sub("bias$", "weight", name)][axis]
+        at, end = _span(name, size, head_dim, part, parts)
+        pieces = []
+        for number, file in enumerate(files):
+            begin, until = _span(name, size, unit, number, len(files))
+            if begin <= at < min(until, end):
+                until = min(until, end)
+                pieces.append(file[name].detach().narrow(axis, at - begin, until - at))
+                at = until
+        found[name] = pieces if len(pieces) > 1 else pieces[0]
+    return found
+
+
+def check_one_model(files: Sequence[Mapping[str, Any]], paths: Sequence[Path]) -> None:
+    """Raise CheckpointError unless the files are parts of one model, as far as can be told.
+
+    They have weights of the same names and types, and what is not cut is the same in all.
+    """
+    for path, file in zip(paths[1:], files[1:], strict=True):
+        for name in sorted(files[0].keys() ^ file.keys()):
+            problem = f"one of it and {paths[0].name} has {name}, the other has not"
+            raise CheckpointError(path, f"{problem}; expected files of one model")
+        for name, weight in files[0].items():
+            same = str(weight.dtype) == str(file[name].dtype)
+            if same and split_axis(name) is None:
+                same = weight.equal(file[name])
+            if not same:
+                problem = f"its {name} is another one than that of {paths[0].name}"
+                raise CheckpointError(path, f"{problem}; expected files of one model")
+
+
+def weights_in(
+    ckpt_dir: str | os.PathLike,
+    load: Callable,
+    shapes: dict[str, tuple[int, ...]],
+    types: Collection[str],
+    head_dim: int,
+) -> tuple[list[dict[str, Any]], int]:
+    """The weights in each consolidated.NN.pth of a folder, mapped and checked, and their unit.
+
+    load: torch.load. shapes: those of the whole. unit: see `shapes_of_part`; files for more ranks
+    than there are heads of keys may have whole heads, some twice. Raises CheckpointError.
+    """
+    paths, files, unit = find_weights(ckpt_dir), [], 1
+    for number, path in enumerate(paths):
+        content = content_of_weights(path, load)
+        if number == 0 and len(paths) > 1:
+            embeddings_in(content, path)  # or it is something else
+            rows = getattr(content.get("layers.0.attention.wk.weight"), "shape", (0,))[0]
+            whole = shapes["layers.0.attention.wk.weight"][0]
+            unit = head_dim if rows == head_dim > whole // len(paths) else 1
+        expected = shapes_of_part(shapes, unit, number, len(paths))
+        where = "params.json" + f" for one of {len(paths)} files" * (len(paths) > 1)
+        files.append(check_weights(content, expected, types, path, where))
+    check_one_model(files, paths)
+    return files, unit
+
+
+def forget(tensors: Iterable[Any]) -> None:
+    """Give back the memory of tensors that are mapped from a file and are not needed for now.
+
+    It comes from the file again if it is. For others, and where this is not Linux, nothing is done.
+    """
+    try:
+        maps = Path("/proc/self/maps").read_text()
+        advise = ctypes.CDLL(None).madvise
+    except (OSError, AttributeError):
+        return
+    mapped = [
+        (int(begin, 16), int(end, 16))
+        for begin, end in re.findall(r"^(\w+)-(\w+) \S+p \S+ \S+ [1-9]\d* .*\.pth$", maps, re.M)
+    ]
+    for tensor in tensors:
+        begin = tensor.data_ptr()
+        last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+        end = begin + (last + 1) * tensor.itemsize
+        page = mmap.PAGESIZE
+        if any(low <= begin and end <= high for low, high in mapped):
+            begin = begin // page * page
+            advise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
 
 
 # --- values ---------------------------------------------------------------------------------------
@@ -744,3 +911,33 @@ def check_params(
         refuse("rope_divisors", f'{head_dim // 2} numbers, and no "use_scaled_rope"')
     refuse_other_computation(path, params, known=PARAMS_LIMITS, same={"hidden_act": "silu"})
     return values
+
+
+def completed_params(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a llama3.Config, with what follows from others in the place of None."""
+    width = swiglu_width(params["dim"], params["multiple_of"], params["ffn_dim_multiplier"])
+    follows = {
+        "n_kv_heads": params["n_heads"],
+        "head_dim": params["dim"] // params["n_heads"],
+        "ffn_dim": width,
+        "max_seq_len": 131072 if params["use_scaled_rope"] else 8192,
+    }
+    missing = (key for key in follows if params[key] is None)
+    return {**params, **{key: follows[key] for key in missing}}
+
+
+def params_in(
+    ckpt_dir: str | os.PathLike, load: Callable, optional: Collection[str]
+) -> dict[str, float]:
+    """The values of the params.json in a folder, see check_params.
+
+    A vocab_size of -1, Meta's default, is that of the weights; load: torch.load. Raises
+    CheckpointError.
+    """
+    path = find_file(ckpt_dir, "params.json")
+    params = read_json_object(path)
+    if params.get("vocab_size") == -1:
+        paths = find_weights(ckpt_dir)
+        tables = (embeddings_in(content_of_weights(path, load), path) for path in paths)
+        params["vocab_size"] = sum(len(table) for table in tables)
+    return check_params(path, params, optional)

@@ -15,6 +15,7 @@ if sys.version_info < (3, 11):  # noqa: UP036 (llama3.py comes here first, whate
 import argparse
 import codecs
 import contextlib
+import datetime
 import functools
 import itertools
 import json
@@ -44,6 +45,7 @@ from checkpoint_files import (
     give_up,
     one_line,
     out_of_memory,
+    possible_parts,
     say,
 )
 
@@ -52,6 +54,7 @@ THREADS_BYTES = 2**28  # of address space for PyTorch's threads, which end the p
 COMPILED_FROM_BYTES = 5e8  # of weights: below, compiling takes longer than it saves
 MAX_PROMPT_BYTES = 2**26  # more than any context holds, and not more than is quickly read
 MAX_SCORED_BYTES = 2**30
+SCORED_LOGITS = 2**24  # at a time: 64 MB
 
 
 class UsageError(ValueError):
@@ -92,6 +95,84 @@ def stream(texts: Iterable[str]) -> bool:
         if terminal and not text.endswith("\n"):
             print(flush=True)
     return True
+
+
+# --- ranks ----------------------------------------------------------------------------------------
+#
+# Several processes, as torchrun starts them, compute one model, each with a part of it. Rank 0 does
+# all that a single process does, and before each computation tells the others what it is; they do
+# nothing else, and have no voice. So prompts, conversations and errors are the matter of one.
+
+
+def in_environment(name: str, default: int) -> int:
+    """A number that torchrun, or another launcher, has put into the environment of a rank."""
+    text = os.environ.get(name, "")
+    return int(text) if text.isdigit() and "MASTER_ADDR" in os.environ else default
+
+
+def n_ranks() -> int:
+    """How many processes compute together."""
+    ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if ranks else 1
+
+
+def this_rank() -> int:
+    """Which of them this one is."""
+    return torch.distributed.get_rank() if n_ranks() > 1 else 0
+
+
+def meet() -> None:
+    """Meet the other ranks, if there are any. Raises UsageError if they cannot be reached."""
+    if in_environment("WORLD_SIZE", 1) == 1:
+        return
+    if not torch.distributed.is_available():
+        raise UsageError("this PyTorch is built without torch.distributed, and needs one process")
+    nccl = torch.cuda.is_available() and torch.distributed.is_nccl_available()
+    forever = datetime.timedelta(days=365)  # users may think for long; who ends is noticed at once
+    try:
+        torch.distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=forever
+        )
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(f"the other processes cannot be reached: {one_line(error)}") from None
+
+
+def tell(message: object = None) -> object:
+    """What rank 0 tells all ranks: its own `message`, whatever the others say."""
+    if n_ranks() == 1:
+        return message
+    box = [message]
+    torch.distributed.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def gathered(value: object) -> list[object]:
+    """The values of all ranks."""
+    values = [value] * n_ranks()
+    if n_ranks() > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def lost_connection(error: BaseException) -> bool:
+    """Whether an error is the end of another rank, which has its own."""
+    closed = "peer|closed|reset by|recv|NCCL|timed out"
+    return n_ranks() > 1 and isinstance(error, RuntimeError) and bool(re.search(closed, str(error)))
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What all ranks do or none: raises UsageError on all of them if one cannot."""
+    problem, known = None, (CheckpointError, UsageError, MemoryError, OSError, RuntimeError)
+    try:
+        yield
+    except known as error:
+        if n_ranks() == 1 or lost_connection(error):
+            raise
+        problem = one_line(error, limit=1000)
+    for rank, found in enumerate(gathered(problem)):
+        if found is not None:
+            raise UsageError(found if rank == 0 else f"rank {rank}: {found}")
 
 
 # --- options --------------------------------------------------------------------------------------
@@ -367,10 +448,26 @@ def default_checkpoint() -> Path:
 def choose_device(name: str) -> torch.device:
     """The device called `name`, or for "auto" the best one that this machine has.
 
-    Raises UsageError for one that it does not have.
+    Of several ranks on a machine each has a GPU of its own, or they share the processor. Raises
+    UsageError for a device that is not there.
     """
     cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
     present = [f"cuda:{i}" for i in range(cuda)] + ["mps"] * torch.backends.mps.is_available()
+    local, here = in_environment("LOCAL_RANK", 0), in_environment("LOCAL_WORLD_SIZE", 1)
+    if n_ranks() > 1 and name != "cpu":
+        if name not in ("auto", "cuda"):
+            found = f"found {name}, expected cuda or cpu where several processes compute together"
+            raise UsageError(f"argument --device: {found}")
+        if name == "auto" and not cuda:
+            name = "cpu"
+        elif cuda < here:
+            raise UsageError(
+                f"{here} processes here, but {cuda} CUDA devices; start no more processes than "
+                "devices (--nproc-per-node), or use --device cpu"
+            )
+        else:
+            torch.cuda.set_device(local)
+            name = f"cuda:{local}"
     if name == "auto":
         name = present[0] if present else "cpu"
     if name == "cuda":
@@ -507,10 +604,12 @@ def bytes_needed(
     }
 
 
-def check_file(ckpt_dir: Path) -> None:
+def check_files(ckpt_dir: Path) -> None:
     """Raise UsageError if the weights cannot be mapped and there is no memory to read them."""
-    path = ckpt_dir / "consolidated.00.pth"
-    size = bytes_to_read(path) if os.path.isfile(path) else 0
+    found = ckpt_dir.glob("consolidated.*.pth") if os.path.isdir(ckpt_dir) else ()
+    paths = [path for path in found if path.is_file()]
+    sizes = {path: bytes_to_read(path) for path in paths}
+    path, size = max(sizes, key=sizes.get, default=ckpt_dir), sum(sizes.values())
     free = free_bytes(torch.device("cpu"))
     if size > free:
         raise UsageError(
@@ -524,12 +623,26 @@ def bytes_of_weights(
 ) -> int:
     """The memory that the weights take on a device; `copied`: bytes that are not mapped on the CPU.
 
-    There those that are mapped need none of their own: they are dropped and read again.
+    There those that are mapped need none of their own: they are dropped and read again. Others are
+    joined from pieces, or are some of the columns of a matrix.
     """
     if device.type == "cpu":
-        return copied
-    distinct = {weight.data_ptr() or id(weight): weight.numel() for weight in weights.values()}
+        placed = [w if isinstance(w, list) else [w] for w in weights.values()]
+        joined = [p for p in placed if len(p) > 1 or not p[0].is_contiguous()]
+        return copied + sum(piece.nbytes for pieces in joined for piece in pieces)
+    tensors = llama3.Weights(weights).tensors()
+    distinct = {(t.data_ptr() or id(t), t.stride()): t.numel() for t in tensors}
     return sum(distinct.values()) * dtype.itemsize
+
+
+def part_of_config(config: llama3.Config) -> llama3.Config:
+    """The sizes of what one rank computes."""
+    n = n_ranks()
+    return config._replace(
+        n_heads=config.n_heads // n,
+        n_kv_heads=max(config.n_kv_heads // n, 1),
+        ffn_dim=-(-config.ffn_dim // n),
+    )
 
 
 def check_memory(
@@ -550,6 +663,8 @@ def check_memory(
         return bytes_needed(config, weights_bytes, dtype.itemsize, prompt, new, batch)
 
     free = free_bytes(device)
+    if device.type == "cpu":  # which the ranks on this machine share
+        free /= in_environment("LOCAL_WORLD_SIZE", 1) if n_ranks() > 1 else 1
     parts = needed(prompt_tokens, 1)
     if sum(parts.values()) > free:
         found = ", ".join(f"{name} {amount(size)}" for name, size in parts.items())
@@ -626,9 +741,23 @@ def bar(what: str, unit: str, delay: float) -> Callable[[Iterable], Iterable]:
 
 def worth_compiling(weights: llama3.Weights, device: torch.device) -> bool:
     """Whether compiled products save more than compiling takes, and a C++ compiler is at hand."""
-    large = device.type == "cpu" and sum(w.nbytes for w in weights.values()) > COMPILED_FROM_BYTES
+    whole = not any(isinstance(weight, list) for weight in weights.values())
+    size = sum(tensor.nbytes for tensor in llama3.Weights(weights).tensors())
+    large = device.type == "cpu" and whole and size > COMPILED_FROM_BYTES
     compilers = (os.environ.get("CXX"), "g++", "clang++", "cl")
     return large and any(shutil.which(name) for name in compilers if name)
+
+
+def multiply_and_sum(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """x @ w.T for one vector x [..., inputs], as it compiles to a loop that reads w once.
+
+    It converts, multiplies and sums in float32 on the way. Of sums of more than 4096 numbers
+    PyTorch's compiler makes a slower loop: they are taken in equal parts.
+    """
+    inputs = w.shape[1]
+    parts = next(n for n in range(1, inputs + 1) if inputs % n == 0 and inputs // n <= 4096)
+    products = x.float().view(parts, -1) * w.float().unflatten(1, (parts, -1))
+    return products.sum(-1).sum(-1).to(x.dtype).view(*x.shape[:-1], -1)
 
 
 @torch.inference_mode()
@@ -638,7 +767,7 @@ def compiled_products(weights: llama3.Weights) -> llama3.Weights:
     Raises what torch.compile raises, and RuntimeError for wrong results.
     """
     fast = llama3.Weights(weights)
-    fast.one_token = torch.compile(llama3.multiply_and_sum, dynamic=False)
+    fast.one_token = torch.compile(multiply_and_sum, dynamic=False)
     kinds = {}
     for name, weight in weights.items():
         if weight.dim() == 2 and "embeddings" not in name:
@@ -690,13 +819,22 @@ def opened(args: argparse.Namespace) -> Model:
     device = choose_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
+    elif n_ranks() > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":  # which torchrun has set
+        here = in_environment("LOCAL_WORLD_SIZE", 1)
+        torch.set_num_threads(max((os.cpu_count() or 1) // here, 1))
     source = convert.open_source(ckpt_dir) if convert.is_source(ckpt_dir) else None
     if source:
         note(f"found in {ckpt_dir}: {source.found}")
         config = source.config
     else:
-        check_file(ckpt_dir)
+        check_files(ckpt_dir)
         config = llama3.load_config(ckpt_dir)
+    possible = possible_parts(config.n_heads, config.n_kv_heads)
+    if n_ranks() not in possible:
+        raise UsageError(
+            f"{n_ranks()} processes cannot share {config.n_heads} heads of queries and "
+            f"{config.n_kv_heads} of keys; start {', '.join(map(str, possible))}"
+        )
     if source and not args.tokenizer:
         tokenizer = source.tokenizer()
     else:
@@ -705,16 +843,27 @@ def opened(args: argparse.Namespace) -> Model:
     check_vocabulary(tokenizer, config, exact)
 
     def load(prompt_tokens: int, new_tokens: int, batch: int = 1) -> llama3.Weights:
-        weights = source.described if source else llama3.map_weights(ckpt_dir, config)
+        part = {"rank": this_rank(), "n_ranks": n_ranks()}
+        weights = source.described if source else llama3.map_weights(ckpt_dir, config, **part)
         dtype = llama3.DTYPES.get(args.dtype) or llama3.default_dtype(weights, device)
-        copied = source.copied_bytes() if source else 0
+        copied = source.copied_bytes() // n_ranks() if source else 0
         size = bytes_of_weights(weights, device, dtype, copied)
-        check_memory(config, size, device, dtype, prompt_tokens, new_tokens, batch)
+        needs = [part_of_config(config), size, device, dtype, prompt_tokens, new_tokens, batch]
+        join = True
+        try:
+            check_memory(*needs)
+        except UsageError:
+            if device.type != "cpu" or source or not size:
+                raise
+            needs[1], join = 0, False
+            check_memory(*needs)
+            pieces = "products go over the pieces as they lie in the files, which is slower"
+            note(f"memory does not suffice to join the weights, {amount(size)}: {pieces}")
         loading = bar("loading", "tensors", delay=0.5)
         if source:
-            weights = source.load_weights(device, dtype, loading)
+            weights = source.load_weights(device, dtype, loading, **part)
         else:
-            weights = llama3.place_weights(weights, device, dtype, loading)
+            weights = llama3.place_weights(weights, device, dtype, loading, join)
         if args.compile or (args.compile is None and worth_compiling(weights, device)):
             weights = compiled(weights)
         return weights
@@ -726,9 +875,70 @@ def opened(args: argparse.Namespace) -> Model:
     return Model(config, tokenizer, max_seq_len, load)
 
 
-# --- what steps give ------------------------------------------------------------------------------
+# --- on all ranks ---------------------------------------------------------------------------------
 
 Steps = Iterator[tuple[torch.Tensor, torch.Tensor]]
+
+
+def best_reason(reasons: Sequence[str]) -> str:
+    """Of several reasons for numbers that are not finite one that names a weight, or the first."""
+    return next((reason for reason in reasons if "holds" in reason), reasons[0])
+
+
+def load_on_ranks(model: Model, *sizes: int) -> llama3.Weights:
+    """The weights, or on each rank its part; sizes: see Model.load. Raises UsageError."""
+    tell(("load", *sizes))
+    with together():
+        return model.load(*sizes)
+
+
+def steps_of(
+    prompts: Sequence[Sequence[int]],
+    weights: llama3.Weights,
+    config: llama3.Config,
+    context: llama3.Context | None = None,
+    progress: Callable[[Iterable], Iterable] = iter,
+    **options: object,
+) -> Steps:
+    """llama3.steps, which the other ranks take as well. To be closed if it is not used up."""
+    steps = llama3.steps(prompts, weights, config, context=context, progress=progress, **options)
+
+    def led() -> Steps:
+        tell(("steps", prompts, context is not None, options))
+        going = True
+        try:
+            while going:
+                tell(True)
+                step = next(steps, None)
+                going = step is not None
+                if going:
+                    yield step
+        except FloatingPointError as error:
+            going = False
+            raise FloatingPointError(best_reason(gathered(str(error)))) from None
+        except (KeyboardInterrupt, RuntimeError):  # in the middle of a computation
+            going = False
+            raise
+        finally:
+            if going:
+                tell(False)
+
+    return led() if n_ranks() > 1 else steps
+
+
+def slowest(stats: dict[str, float | None]) -> dict[str, float | None]:
+    """The largest of what each rank has, for --stats."""
+    if n_ranks() == 1:
+        return stats
+    tell(("stats",))
+    found = gathered(stats)
+    return {
+        key: max((other[key] for other in found if other.get(key) is not None), default=None)
+        for key in stats
+    }
+
+
+# --- what steps give ------------------------------------------------------------------------------
 
 
 def text_of(tokenizer: tokenizer_setup.Tokenizer, token: int) -> str:
@@ -800,7 +1010,7 @@ def attention_of(
     tokens = torch.tensor(tokens, device=weights["norm.weight"].device)
     positions = torch.arange(len(tokens), device=tokens.device)
     rotations = llama3.rope_rotations(positions, config)
-    x = weights["tok_embeddings.weight"][tokens].to(weights["norm.weight"].dtype)  # [T, dim]
+    x = llama3.embed(tokens, weights, config.vocab_size)  # [T, dim]
     for i in range(layer + 1):
         norm = weights[f"layers.{i}.attention_norm.weight"]
         normed = llama3.rms_norm(x, norm, config.norm_eps)
@@ -811,7 +1021,8 @@ def attention_of(
     q, k, _ = llama3.queries_keys_values(normed, weights, layer, config, rotations)
     k = llama3.repeat_heads(k, len(q) // len(k))
     visible = positions <= positions[-last:, None]
-    return llama3.attention_shares(q[:, -last:], k, visible)
+    shares = llama3.attention_shares(q[:, -last:], k, visible)
+    return llama3.whole(shares, weights, config.n_heads, dim=-3)
 
 
 def label_of(token: bytes, has_glyph: Callable[[str], bool]) -> str:
@@ -935,8 +1146,10 @@ def plot(
     """Draw what --plot asks for, after a prompt of these tokens."""
     layer, last = args.plot_layer or 0, min(len(tokens), PLOTTED_TOKENS)
     room = len(tokens) + 1  # also where the prompt fills the context
-    steps = llama3.steps([tokens], weights, model.config, max_new_tokens=1, max_seq_len=room)
-    _, logprobs = next(steps)
+    steps = steps_of([tokens], weights, model.config, max_new_tokens=1, max_seq_len=room)
+    with contextlib.closing(steps):
+        _, logprobs = next(steps)
+    tell(("attention", tokens, layer, last))
     shares = attention_of(tokens, weights, model.config, layer, last)
     draw(args.plot, model.tokenizer, tokens, logprobs[0], shares, layer)
 
@@ -949,7 +1162,7 @@ def complete(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     prompts = read_prompts(args)
     model = opened(args)
-    config, tokenizer, max_seq_len, load = model
+    config, tokenizer, max_seq_len = model[:3]
     if args.plot is not None:
         check_plot(args, config)
     encoded = []
@@ -963,12 +1176,12 @@ def complete(args: argparse.Namespace) -> int:
     n_prompt = max(map(len, encoded))
     check_room(n_prompt, args.max_new_tokens, max_seq_len, config)
     n_new = min(args.max_new_tokens, max_seq_len - n_prompt)
-    weights = load(n_prompt, n_new, len(encoded))
+    weights = load_on_ranks(model, n_prompt, n_new, len(encoded))
     load_s = time.perf_counter() - start
     if args.plot is not None:
         plot(args, model, weights, encoded[0])
 
-    steps = llama3.steps(
+    all_steps = steps_of(
         encoded,
         weights,
         config,
@@ -980,7 +1193,7 @@ def complete(args: argparse.Namespace) -> int:
         progress=bar("reading the prompt", "blocks", delay=2),
     )
     times = [time.perf_counter()]  # of the start, then of every token
-    steps = timed(steps, times)
+    steps = timed(all_steps, times)
     if args.logprobs is not None:
         texts = as_json(tokenizer, steps, len(encoded), args.logprobs)
     elif len(encoded) > 1:
@@ -988,13 +1201,14 @@ def complete(args: argparse.Namespace) -> int:
     else:
         texts = tokenizer_setup.decode_stream(tokenizer, (tokens.item() for tokens, _ in steps))
     try:
-        stream(texts)
+        with contextlib.closing(all_steps):
+            stream(texts)
         status = 0
     except KeyboardInterrupt:  # what was written stays
         status = 130
     if args.stats:
         device = weights["norm.weight"].device
-        say(json.dumps(stats_of(load_s, sum(map(len, encoded)), times, device)))
+        say(json.dumps(slowest(stats_of(load_s, sum(map(len, encoded)), times, device))))
     return status
 
 
@@ -1012,11 +1226,42 @@ def windows(n_tokens: int, window: int) -> Iterator[tuple[int, int]]:
         yield begin, begin + window - stride
 
 
+@torch.inference_mode()
+def scored_tokens(
+    tokens: Sequence[int],
+    weights: llama3.Weights,
+    config: llama3.Config,
+    *,
+    first: int = 1,
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> torch.Tensor:
+    """The logarithms of the probabilities of tokens, each after all before it in the sequence.
+
+    tokens [T] -> float32 [T - first], of tokens[first:]. Some positions at a time go by `progress`.
+    """
+    Limits(int, 1, 2**63 - 1).check("first", first)
+    tokens = Limits(int, 0, config.vocab_size - 1).check_each("the text", tokens)
+    tokens = torch.tensor(tokens, device=weights["norm.weight"].device)
+    cache = llama3.new_cache(weights, config, len(tokens))
+    rows = max(min(SCORED_LOGITS // config.vocab_size, llama3.PREFILL_TOKENS), 1)
+    found = [torch.empty(0, device=tokens.device)]
+    for i in progress(range(0, len(tokens) - 1, rows)):
+        end = min(i + rows, len(tokens) - 1)
+        positions = torch.arange(i, end, device=tokens.device)
+        logits = llama3.forward(
+            tokens[i:end], weights, config, positions=positions, cache=cache[..., :end, :]
+        )
+        chosen = logits.gather(1, tokens[i + 1 : end + 1, None])[:, 0]
+        found.append(chosen - logits.logsumexp(-1))
+    return torch.cat(found)[first - 1 :]
+
+
 def score(args: argparse.Namespace) -> int:
     """Write how likely the model finds a text, or every line of one; returns the exit status."""
     start = time.perf_counter()
     text = from_file("--score", args.score, MAX_SCORED_BYTES)
-    config, tokenizer, max_seq_len, load = opened(args)
+    model = opened(args)
+    config, tokenizer, max_seq_len = model[:3]
     if max_seq_len < 2:
         raise UsageError("--max-seq-len 1: a score needs a context of 2 tokens at least")
     documents = text.removesuffix("\n").split("\n") if args.by_line else [text]
@@ -1027,7 +1272,7 @@ def score(args: argparse.Namespace) -> int:
     if longest > max_seq_len:
         overlap = f"{max_seq_len} that overlap by {max_seq_len // 2}"
         note(f"texts of up to {longest} tokens are read in windows of {overlap}")
-    weights = load(min(longest, max_seq_len), 0)
+    weights = load_on_ranks(model, min(longest, max_seq_len), 0)
     load_s = time.perf_counter() - start
     total = sum(max(len(tokens) - 1, 0) for tokens in encoded)
     progress = tqdm(total=total, desc="scoring", unit=" tokens", leave=False, disable=None)
@@ -1045,7 +1290,8 @@ def score(args: argparse.Namespace) -> int:
             for begin, first in windows(len(tokens), max_seq_len) if n else ():
                 window = tokens[begin : begin + max_seq_len]
                 done = progress.n
-                scored = llama3.score(
+                tell(("score", window, first - begin))
+                scored = scored_tokens(
                     window, weights, config, first=first - begin, progress=counted
                 )
                 if not scored.isfinite().all():
@@ -1071,7 +1317,7 @@ def score(args: argparse.Namespace) -> int:
     if args.stats:
         stats = {"load_s": round(load_s, 4), "tokens": total}
         stats["score_s"] = round(time.perf_counter() - begin, 4)
-        say(json.dumps(stats | {"peak_rss_bytes": peak_rss_bytes()}))
+        say(json.dumps(slowest(stats | {"peak_rss_bytes": peak_rss_bytes()})))
     return status
 
 
@@ -1141,7 +1387,7 @@ class Chat:
             note(f"the context is full: {turns} dropped")
         stop, message, pieces = tokenizer_setup.stop_tokens(tokenizer), {"role": "assistant"}, []
         special, ended = tokenizer.format.special_tokens, []
-        steps = llama3.steps(
+        steps = steps_of(
             [prompt],
             self.weights,
             self.model.config,
@@ -1172,6 +1418,7 @@ class Chat:
             if not ended:
                 note("the answer was cut off: --max-new-tokens or the context is used up")
         finally:
+            steps.close()
             content = "".join(pieces)
             if message.get("python_tag"):
                 content = content.removeprefix("<|python_tag|>")
@@ -1313,13 +1560,13 @@ def talk(args: argparse.Namespace) -> int:
     n_prompt = len(tokenizer_setup.encode_dialog(model.tokenizer, first))
     room = max(model.max_seq_len - n_prompt, 1)
     n_new = min(args.max_new_tokens, room) if prompts else room
-    chat = Chat(args, model, model.load(min(n_prompt, model.max_seq_len), n_new))
+    chat = Chat(args, model, load_on_ranks(model, min(n_prompt, model.max_seq_len), n_new))
     load_s, status = time.perf_counter() - start, 0
     if not prompts:
         status = converse(chat)
         stats = {"load_s": round(load_s, 4), "decode_tokens": len(chat.times)}
         if args.stats:
-            say(json.dumps(stats | {"peak_rss_bytes": peak_rss_bytes()}))
+            say(json.dumps(slowest(stats | {"peak_rss_bytes": peak_rss_bytes()})))
         return status
     chat.times.append(time.perf_counter())
     try:
@@ -1328,20 +1575,80 @@ def talk(args: argparse.Namespace) -> int:
         status = 130
     if args.stats:
         device = chat.weights["norm.weight"].device
-        say(json.dumps(stats_of(load_s, n_prompt, chat.times, device)))
+        say(json.dumps(slowest(stats_of(load_s, n_prompt, chat.times, device))))
     return status
+
+
+# --- as another rank than 0 -----------------------------------------------------------------------
+
+
+class Follower:
+    """What another rank than 0 does: each method is something that rank 0 may say."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.context = args, llama3.Context()
+        self.load_s, self.times = 0.0, [time.perf_counter()]
+
+    def load(self, *sizes: int) -> None:
+        start = time.perf_counter()
+        with together():
+            self.model = opened(self.args)
+            self.weights = self.model.load(*sizes)
+        self.load_s = time.perf_counter() - start
+
+    def steps(self, prompts: list[list[int]], keep: bool, options: dict[str, object]) -> None:
+        context = self.context if keep else None
+        config = self.model.config
+        steps = llama3.steps(prompts, self.weights, config, context=context, **options)
+        self.times = [time.perf_counter()]
+        steps = timed(steps, self.times)
+        try:
+            while tell() and next(steps, None) is not None:
+                pass
+        except FloatingPointError as error:
+            gathered(str(error))
+
+    def score(self, tokens: list[int], first: int) -> None:
+        scored_tokens(tokens, self.weights, self.model.config, first=first)
+
+    def attention(self, tokens: list[int], layer: int, last: int) -> None:
+        attention_of(tokens, self.weights, self.model.config, layer, last)
+
+    def stats(self) -> None:
+        device = self.weights["norm.weight"].device
+        gathered(stats_of(self.load_s, 0, self.times, device))
+
+
+def follow(args: argparse.Namespace) -> int:
+    """Do what rank 0 says, until it has no more to say; returns the exit status."""
+    follower = Follower(args)
+    for what, *arguments in iter(tell, None):
+        getattr(follower, what)(*arguments)
+    return 0
 
 
 # --- what is asked for ----------------------------------------------------------------------------
 
 
-def run(args: argparse.Namespace) -> int:
-    """Do what the options ask for; returns the exit status. Raises CheckpointError, UsageError."""
-    if sys.stdout is None:
-        raise UsageError("standard output is closed, so there is nowhere to write to")
+def lead(args: argparse.Namespace) -> int:
+    """Do what the options ask for; returns the exit status."""
     if args.chat:
         return talk(args)
     return complete(args) if args.score is None else score(args)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Lead the ranks, or follow; returns the exit status. Raises CheckpointError, UsageError."""
+    if sys.stdout is None:
+        raise UsageError("standard output is closed, so there is nowhere to write to")
+    meet()
+    if this_rank() > 0:
+        return follow(args)
+    try:
+        return lead(args)
+    finally:
+        with contextlib.suppress(RuntimeError):
+            tell(None)  # that is all
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -1350,6 +1657,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         while os.open(os.devnull, os.O_RDWR) < 2:
             pass
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    rank, voice = in_environment("RANK", 0), sys.stderr
+    if rank > 0:
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: note(message)
@@ -1358,13 +1668,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         note(f"error: {error}")
         return 2
     except (RuntimeError, MemoryError, OSError) as error:
+        if lost_connection(error):
+            note("error: another rank has ended")
+            return 2
+        sys.stderr = voice  # this is the first to know
         if not out_of_memory(error):
             raise
-        note(f"error: memory ran out ({one_line(error)}); use a shorter prompt or a smaller model")
+        where = f"rank {rank}: " * (n_ranks() > 1)
+        reason = f"memory ran out ({one_line(error)}); use a shorter prompt or a smaller model"
+        note(f"error: {where}{reason}")
         return 2
     except KeyboardInterrupt:
         exec("")  # in which Python forgets that an import was interrupted, and obeys the status
         return 130
+    finally:
+        if n_ranks() > 1:
+            torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

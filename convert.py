@@ -55,6 +55,7 @@ from checkpoint_files import (
     one_line,
     opened_for_pytorch,
     out_of_memory,
+    part_of_weights,
     quoted,
     read_file,
     read_gguf,
@@ -110,14 +111,22 @@ class Source(NamedTuple):
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
         progress: Progress = iter,
+        rank: int = 0,
+        n_ranks: int = 1,
     ) -> llama3.Weights:
-        """As llama3.load_weights: one after the other, to compute on `device` in `dtype`."""
-        device = torch.device(device)
+        """As llama3.load_weights: one after the other, to compute on `device` in `dtype`.
+
+        Or what a rank has of them.
+        """
+        device, shapes = torch.device(device), llama3.weight_shapes(self.config)
         dtype = dtype or llama3.default_dtype(self.described, device)
-        placed = llama3.Weights()
+        placed = llama3.Weights(rank=rank, n_ranks=n_ranks)
         for name in progress(self.stored):
-            loaded = llama3.Weights({name: self.stored[name].load()})
-            placed |= llama3.place_weights(loaded, device, dtype)
+            whole = {name: self.stored[name].load()}
+            part = part_of_weights([whole], shapes, self.config.head_dim, rank, n_ranks)
+            if self.stored[name].is_copy and n_ranks > 1:
+                part[name] = part[name].clone()  # so that the rest of it goes
+            placed |= llama3.place_weights(llama3.Weights(part), device, dtype)
         placed.setdefault("output.weight", placed["tok_embeddings.weight"])
         return placed
 

@@ -68,26 +68,30 @@ class Config(_ConfigFields):
 
     def __new__(cls, *values: float | None, **named: float | None) -> "Config":
         given = _ConfigFields(*values, **named)
-        follows = {
-            "n_kv_heads": given.n_heads,
-            "head_dim": given.dim // given.n_heads,
-            "ffn_dim": files.swiglu_width(given.dim, given.multiple_of, given.ffn_dim_multiplier),
-            "max_seq_len": 131072 if given.use_scaled_rope else 8192,
-        }
-        missing = (key for key in follows if getattr(given, key) is None)
-        return super().__new__(cls, **given._asdict() | {key: follows[key] for key in missing})
+        return super().__new__(cls, **files.completed_params(given._asdict()))
 
 
 # --- 2. Weights -----------------------------------------------------------------------------------
 
 
-class Weights(dict[str, Tensor]):
+class Weights(dict[str, Tensor | list[Tensor]]):
     """Tensors under Meta's names: see weight_shapes. A plain dict serves as well.
 
-    Norms and biases have the type that is computed in; the matrices may be stored in any other.
+    Norms and biases have the type that is computed in; the matrices may be stored in any other, and
+    may be lists of pieces, cut along split_axis, from several files. A rank has a part of each.
     """
 
     one_token: Callable[[Tensor, Tensor], Tensor] | None = None  # `linear` of a single vector
+    rank: int = 0  # of this process among n_ranks
+    n_ranks: int = 1
+
+    def __init__(self, weights: object = (), **attributes: object) -> None:
+        super().__init__(weights)
+        self.__dict__ |= getattr(weights, "__dict__", {}) | attributes  # a copy has the same
+
+    def tensors(self) -> list[Tensor]:
+        """All of them, also those of matrices in pieces."""
+        return [t for w in self.values() for t in (w if isinstance(w, list) else [w])]
 
 
 def weight_shapes(config: Config) -> dict[str, tuple[int, ...]]:
@@ -115,9 +119,7 @@ def weight_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 # Every cast and the order of the operations are those of Meta's reference (llama3/model.py in
 # llama-models), so that the logits of a whole sequence equal the reference's to the last bit.
 # test_logits_equal_metas_order_of_operations_to_the_last_bit in tests/test_model.py guards that: a
-# local name may be changed freely, the order of two operations never. (The names of functions and
-# parameters are used by the notebook, the demo and the tests.)
-
+# local name may be changed freely, the order of two operations never.
 
 CONVERTED_NUMBERS = 2**20  # of a matrix at a time: few enough to stay in a processor's caches
 
@@ -141,19 +143,58 @@ def product_of_one(x: Tensor, w: Tensor) -> Tensor:
         torch._C._set_mkldnn_enabled(onednn)
 
 
+def sum_over_ranks(x: Tensor, weights: Weights) -> Tensor:
+    """The sum of what each rank has in x, on all of them; of a single process x itself."""
+    if getattr(weights, "n_ranks", 1) > 1:
+        torch.distributed.all_reduce(x)
+    return x
+
+
 def linear(x: Tensor, weights: Weights, name: str) -> Tensor:
     """Each vector in x times the matrix `name`: the one product of activations and weights.
 
     x [..., inputs], the weight [outputs, inputs] -> [..., outputs]. A row of the weight holds what
-    one output takes of each input, hence the transpose. A bias is added if there is one.
+    one output takes of each input, hence the transpose. A bias is added if there is one. A rank has
+    some rows, for some outputs; of wo and w2 some columns, for some inputs, and all are summed.
     """
-    w, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
-    one_token = getattr(weights, "one_token", None)
-    if one_token is not None and x.numel() == w.shape[1]:
-        y = one_token(x, w)
+
+    def product(x: Tensor, w: Tensor) -> Tensor:
+        if one_token is not None and x.numel() == w.shape[1]:
+            return one_token(x, w)
+        return x @ w.T if w.dtype == x.dtype else _product_with_another_type(x, w)
+
+    one_token, bias = getattr(weights, "one_token", None), weights.get(f"{name}.bias")
+    w, by_columns = weights[f"{name}.weight"], files.split_axis(f"{name}.weight") == 1
+    if isinstance(w, Tensor):
+        y = product(x, w)
+    elif by_columns:
+        y = sum(map(product, x.split([piece.shape[1] for piece in w], dim=-1), w))
     else:
-        y = x @ w.T if w.dtype == x.dtype else _product_with_another_type(x, w)
+        y = torch.cat([product(x, piece) for piece in w], dim=-1)
+    y = sum_over_ranks(y, weights) if by_columns else y
     return y if bias is None else y + bias
+
+
+def whole(x: Tensor, weights: Weights, size: int, dim: int = -1) -> Tensor:
+    """The ranks' parts of a dimension of `size` side by side; of a single process x itself."""
+    if getattr(weights, "n_ranks", 1) == 1:
+        return x
+    parts = x.new_zeros([size if i == dim % x.dim() else n for i, n in enumerate(x.shape)])
+    parts.narrow(dim, size * weights.rank // weights.n_ranks, x.shape[dim]).copy_(x)
+    return sum_over_ranks(parts, weights)
+
+
+def embed(tokens: Tensor, weights: Weights, vocab_size: int) -> Tensor:
+    """Look each token's row up in the embeddings: tokens [..., T] -> [..., T, dim]."""
+    table, dtype = weights["tok_embeddings.weight"], weights["norm.weight"].dtype
+    if isinstance(table, Tensor) and len(table) == vocab_size:
+        return table[tokens].to(dtype)
+    x, first = 0, vocab_size * weights.rank // weights.n_ranks  # row of this rank, and of a piece
+    for piece in table if isinstance(table, list) else [table]:
+        here = (tokens >= first) & (tokens < first + len(piece))
+        rows = piece[(tokens - first).where(here, 0)].to(dtype)
+        x, first = x + rows.masked_fill(~here[..., None], 0), first + len(piece)
+    return sum_over_ranks(x, weights)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -238,7 +279,6 @@ def repeat_heads(x: Tensor, times: int) -> Tensor:
 
 MOST_SCORES = 2**22  # of attention, at a time
 PREFILL_TOKENS = 1024  # of a prompt at a time: enough to keep the processor busy
-SCORED_LOGITS = 2**24  # at a time: 64 MB
 
 
 def grouped_query_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
@@ -332,7 +372,7 @@ def forward(
             visible = visible & (keys >= starts[:, None, None, None]) | (keys == positions[:, None])
     rotations = rope_rotations(positions, config)  # [T, d / 2]
 
-    x = weights["tok_embeddings.weight"][tokens].to(weights["norm.weight"].dtype)  # [..., T, dim]
+    x = embed(tokens, weights, config.vocab_size)  # [..., T, dim]
     for layer in range(config.n_layers):
         normed = rms_norm(x, weights[f"layers.{layer}.attention_norm.weight"], config.norm_eps)
         layer_cache = None if cache is None else cache[layer]
@@ -344,19 +384,7 @@ def forward(
     if last_only:
         x = x[..., -1:, :]
     x = rms_norm(x, weights["norm.weight"], config.norm_eps)
-    return linear(x, weights, "output").float()
-
-
-def multiply_and_sum(x: Tensor, w: Tensor) -> Tensor:
-    """x @ w.T for one vector x [..., inputs], as it compiles to a loop that reads w once.
-
-    It converts, multiplies and sums in float32 on the way. Of sums of more than 4096 numbers
-    PyTorch's compiler makes a slower loop: they are taken in equal parts.
-    """
-    inputs = w.shape[1]
-    parts = next(n for n in range(1, inputs + 1) if inputs % n == 0 and inputs // n <= 4096)
-    products = x.float().view(parts, -1) * w.float().unflatten(1, (parts, -1))
-    return products.sum(-1).sum(-1).to(x.dtype).view(*x.shape[:-1], -1)
+    return whole(linear(x, weights, "output").float(), weights, config.vocab_size)
 
 
 # --- 4. Generation --------------------------------------------------------------------------------
@@ -369,7 +397,8 @@ def new_cache(weights: Weights, config: Config, length: int, batch: Sequence[int
     norms; index 0 of the second dimension holds the keys, 1 the values.
     """
     # Not config.n_kv_heads: the weights may be a part of the model, with some of its heads.
-    n_kv_heads = weights["layers.0.attention.wk.weight"].shape[0] // config.head_dim
+    wk = weights["layers.0.attention.wk.weight"]
+    n_kv_heads = sum(map(len, wk if isinstance(wk, list) else [wk])) // config.head_dim
     shape = config.n_layers, 2, *batch, n_kv_heads, length, config.head_dim
     return weights["norm.weight"].new_zeros(shape)  # norms have the type that is computed in
 
@@ -467,14 +496,6 @@ def sample(
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
 
 
-def check_finite(logits: Tensor, weights: Weights, step: int) -> None:
-    """Raise FloatingPointError, with the reason, if the logits of a step are not finite numbers."""
-    low, high = logits.aminmax()
-    if not math.isfinite((high - low).item()):
-        reason = files.why_not_finite(weights, str(weights["norm.weight"].dtype))
-        raise FloatingPointError(f"the logits of new token {step} are not finite numbers: {reason}")
-
-
 class Context:
     """The tokens that a model has read, and the cache of their keys and values, to go on from."""
 
@@ -524,8 +545,8 @@ def steps(
     """
     max_seq_len = config.max_seq_len if max_seq_len is None else max_seq_len
     n_vocab = config.vocab_size if n_vocab is None else n_vocab
-    Limits(int, 0, 2**63 - 1).check("max_new_tokens", max_new_tokens)
-    Limits(int, 0, 2**63 - 1).check("max_seq_len", max_seq_len)
+    for name, length in (("max_new_tokens", max_new_tokens), ("max_seq_len", max_seq_len)):
+        Limits(int, 0, 2**63 - 1).check(name, length)
     Limits(int, 1, config.vocab_size).check("n_vocab", n_vocab)
     if not isinstance(sampling, Sampling):
         raise ValueError(f"sampling: found {one_line(repr(sampling), 40)}, expected a Sampling")
@@ -545,7 +566,7 @@ def steps(
     starts = starts if starts.any() else None
     context = context or Context()
     decoding = Weights(weights)
-    decoding.one_token = getattr(weights, "one_token", None) or product_of_one
+    decoding.one_token = decoding.one_token or product_of_one
 
     def read(tokens: Tensor, weights: Weights) -> Tensor:  # the next ones, [B, T] -> [B, V]
         begin, end = len(context.tokens), len(context.tokens) + tokens.shape[1]
@@ -575,8 +596,9 @@ def steps(
                     length = min(length + length // 2, n_prompt + n_new)
                     context.cache = longer_cache(context.cache, length)
                 logits = read(tokens.clamp(min=0)[:, None], decoding)
-            check_finite(logits, weights, step)
+            files.check_finite(logits, weights, step)
             tokens = sample(logits[:, :n_vocab], sampling, generator, seen[:, :n_vocab])  # [B]
+            tokens = sum_over_ranks(tokens * (decoding.rank == 0), weights)  # those of rank 0
             ended |= torch.isin(tokens, stop)
             if ended.all():
                 return
@@ -594,36 +616,6 @@ def generate(
     return (tokens.item() for tokens, _ in steps([prompt_tokens], weights, config, **options))
 
 
-@torch.inference_mode()
-def score(
-    tokens: Sequence[int],
-    weights: Weights,
-    config: Config,
-    *,
-    first: int = 1,
-    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
-) -> Tensor:
-    """The logarithms of the probabilities of tokens, each after all before it in the sequence.
-
-    tokens [T] -> float32 [T - first], of tokens[first:]. Some positions at a time go by `progress`.
-    """
-    Limits(int, 1, 2**63 - 1).check("first", first)
-    tokens = Limits(int, 0, config.vocab_size - 1).check_each("the text", tokens)
-    tokens = torch.tensor(tokens, device=weights["norm.weight"].device)
-    cache = new_cache(weights, config, len(tokens))
-    rows = max(min(SCORED_LOGITS // config.vocab_size, PREFILL_TOKENS), 1)
-    found = [torch.empty(0, device=tokens.device)]
-    for i in progress(range(0, len(tokens) - 1, rows)):
-        end = min(i + rows, len(tokens) - 1)
-        positions = torch.arange(i, end, device=tokens.device)
-        logits = forward(
-            tokens[i:end], weights, config, positions=positions, cache=cache[..., :end, :]
-        )
-        chosen = logits.gather(1, tokens[i + 1 : end + 1, None])[:, 0]
-        found.append(chosen - logits.logsumexp(-1))
-    return torch.cat(found)[first - 1 :]
-
-
 # --- 5. Loading -----------------------------------------------------------------------------------
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -634,29 +626,28 @@ def load_config(ckpt_dir: str | os.PathLike) -> Config:
 
     A vocab_size of -1 is that of the weights. Raises CheckpointError, which names the key.
     """
-    path = files.find_file(ckpt_dir, "params.json")
-    params = files.read_json_object(path)
-    if params.get("vocab_size") == -1:  # Meta's default: as many as the weights have
-        weights_path, content = files.content_of_weights(ckpt_dir, torch.load)
-        params["vocab_size"] = len(files.embeddings_in(content, weights_path))
-    return Config(**files.check_params(path, params, optional=Config._field_defaults))
+    return Config(**files.params_in(ckpt_dir, torch.load, optional=Config._field_defaults))
 
 
-def map_weights(ckpt_dir: str | os.PathLike, config: Config) -> Weights:
-    """The weights in the folder `ckpt_dir`, each in the type that it is stored in.
+def map_weights(
+    ckpt_dir: str | os.PathLike, config: Config, rank: int = 0, n_ranks: int = 1
+) -> Weights:
+    """The weights in the folder `ckpt_dir`, or a rank's part, in the type that they are stored in.
 
-    The file is mapped, not read: nothing is copied, and pages come from disk when they are first
-    used. Raises CheckpointError unless it holds just the weights that `config` calls for.
+    The files are mapped, not read: nothing is copied, and pages come from disk when they are first
+    used. Raises CheckpointError unless the files hold just the weights that `config` calls for.
     """
-    path, content = files.content_of_weights(ckpt_dir, torch.load)
-    weights = files.check_weights(content, weight_shapes(config), DTYPES, path)
-    return Weights((name, weight.detach()) for name, weight in weights.items())  # no parameters
+    shapes, d = weight_shapes(config), config.head_dim
+    parts, unit = files.weights_in(ckpt_dir, torch.load, shapes, DTYPES, d)
+    part = files.part_of_weights(parts, shapes, d, rank, n_ranks, unit)
+    return Weights(part, rank=rank, n_ranks=n_ranks)
 
 
 def default_dtype(weights: Weights, device: torch.device) -> torch.dtype:
     """The type most numbers are stored in, or float32 where a processor has no products of it."""
-    types = {weight.dtype for weight in weights.values()}
-    dtype = max(types, key=lambda t: sum(w.numel() for w in weights.values() if w.dtype == t))
+    tensors = Weights(weights).tensors()
+    types = {tensor.dtype for tensor in tensors}
+    dtype = max(types, key=lambda t: sum(w.numel() for w in tensors if w.dtype == t))
     name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
     if device.type != "cpu" or name is None:
         return dtype
@@ -669,19 +660,26 @@ def place_weights(
     device: torch.device,
     dtype: torch.dtype,
     progress: Callable[[Iterable[str]], Iterable[str]] = iter,
+    join: bool = True,
 ) -> Weights:
     """The weights as `forward` computes with them on `device` in `dtype`.
 
-    On the CPU matrices stay as they are, mapped: `linear` converts what it takes of them. Other
-    devices get copies, one after the other. progress: what the names go through meanwhile.
+    On the CPU matrices stay as they are, mapped: `linear` converts what it takes of them. Those in
+    pieces are joined, unless `join` is false. Other devices get copies, one after the other.
+    progress: what the names go through meanwhile.
     """
-    placed, copies = Weights(), {}  # tied weights stand in the file once, and are copied once
+    placed, copies = Weights(weights), {}  # tied weights are stored once, and are copied once
     for name in progress(weights):
-        weight = weights[name]
-        place = weight.data_ptr(), weight.shape, weight.stride(), weight.dtype
+        pieces = weights[name] if isinstance(weights[name], list) else [weights[name]]
+        place = tuple((p.data_ptr(), p.shape, p.stride(), p.dtype) for p in pieces)
         if place not in copies:
-            mapped = device.type == "cpu" and weight.dim() == 2
-            copies[place] = weight if mapped else weight.to(device).to(dtype)
+            mapped = device.type == "cpu" and pieces[0].dim() == 2
+            stored = pieces if mapped else [p.to(device).to(dtype) for p in pieces]
+            if (mapped and not join) or (len(pieces) == 1 and pieces[0].is_contiguous()):
+                copies[place] = stored if len(stored) > 1 else stored[0]
+            else:
+                copies[place] = torch.cat(stored, dim=files.split_axis(name))
+                files.forget(pieces)
         placed[name] = copies[place]
     return placed
 
@@ -692,9 +690,6 @@ def load_weights(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
 ) -> Weights:
-    """Load consolidated.00.pth from the folder `ckpt_dir`, to compute on `device` in `dtype`.
-
-    Its steps are `map_weights`, `default_dtype` and `place_weights`. Raises CheckpointError.
-    """
+    """Load the weights in the folder `ckpt_dir`, to compute on `device`. Raises CheckpointError."""
     device, weights = torch.device(device), map_weights(ckpt_dir, config)
     return place_weights(weights, device, dtype or default_dtype(weights, device))

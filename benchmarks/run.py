@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+import checkpoint_files  # noqa: E402
 import command_line  # noqa: E402
 import convert  # noqa: E402
 import llama3  # noqa: E402
@@ -102,7 +103,7 @@ def ours(weights: llama3.Weights, config: llama3.Config) -> Contestant:
             positions = torch.arange(end - 1, end, device=device)
             seen = caches[length][..., :end, :]
             logits = llama3.forward(token, decoding, config, positions=positions, cache=seen)
-            llama3.check_finite(logits, weights, end)
+            checkpoint_files.check_finite(logits, weights, end)
             token = llama3.sample(logits)
             token.item()
 

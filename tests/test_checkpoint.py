@@ -396,12 +396,6 @@ def test_a_file_cut_off_anywhere_is_refused(checkpoint):
         assert "download it again" in refusal(llama3.load_weights, folder, config)
 
 
-def test_a_checkpoint_in_several_files_is_refused_by_saying_so(checkpoint):
-    folder, config, weights = checkpoint
-    torch.save(weights, folder / "consolidated.01.pth")
-    assert "split over 2 files" in refusal(llama3.load_weights, folder, config)
-
-
 def test_a_folder_without_weights_is_refused(checkpoint):
     folder, config, _ = checkpoint
     (folder / "consolidated.00.pth").unlink()

@@ -9,6 +9,7 @@ import torch
 import transformers
 from conftest import apart, config_of, random_tokens, random_weights
 
+import command_line
 import llama3
 
 PROBABILITIES = torch.tensor([0.1, 0.5, 0.05, 0.25, 0.1])
@@ -453,21 +454,22 @@ def test_a_score_is_the_log_probability_of_each_token_after_those_before(model, 
     tokens = random_tokens(model[1], 70)
     logprobs = torch.log_softmax(llama3.forward(tokens, *model), -1)
     expected = logprobs[:-1].gather(1, tokens[1:, None])[:, 0]
-    assert apart(llama3.score(tokens.tolist(), *model), expected) < 1e-5
-    assert apart(llama3.score(tokens.tolist(), *model, first=30), expected[29:]) < 1e-5
-    monkeypatch.setattr(llama3, "SCORED_LOGITS", 9 * model[1].vocab_size)
+    score = command_line.scored_tokens
+    assert apart(score(tokens.tolist(), *model), expected) < 1e-5
+    assert apart(score(tokens.tolist(), *model, first=30), expected[29:]) < 1e-5
+    monkeypatch.setattr(command_line, "SCORED_LOGITS", 9 * model[1].vocab_size)
     seen = []
 
     def progress(blocks):
         seen.extend(blocks)
         return blocks
 
-    assert apart(llama3.score(tokens.tolist(), *model, progress=progress), expected) < 1e-5
+    assert apart(score(tokens.tolist(), *model, progress=progress), expected) < 1e-5
     assert seen == [*range(0, 69, 9)]  # some rows of logits at a time
     for bad in ([99999], [-1], "ab", [1.5]):
         with pytest.raises(ValueError, match="the text: found"):
-            llama3.score(bad, *model)
+            score(bad, *model)
     with pytest.raises(ValueError, match="first: found 0, expected a whole number from 1"):
-        llama3.score([5, 6], *model, first=0)
-    assert llama3.score([5], *model).shape == (0,)
-    assert llama3.score([5, 6], *model).shape == (1,)
+        score([5, 6], *model, first=0)
+    assert score([5], *model).shape == (0,)
+    assert score([5, 6], *model).shape == (1,)

@@ -71,7 +71,8 @@ def weights(config):
 
 
 def test_the_file_holds_the_weights_by_name_in_their_order_with_their_shapes(config):
-    _, content = checkpoint_files.content_of_weights(CKPT_DIR, torch.load)
+    (path,) = checkpoint_files.find_weights(CKPT_DIR)
+    content = checkpoint_files.content_of_weights(path, torch.load)
     shapes = {name: tuple(weight.shape) for name, weight in content.items()}
     assert list(shapes.items()) == list(llama3.weight_shapes(config).items())
     assert {weight.dtype for weight in content.values()} == {torch.bfloat16}

@@ -506,7 +506,7 @@ def test_a_sum_of_one_token_is_the_product_for_any_number_of_inputs(inputs):
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(5, inputs, generator=generator).bfloat16()
     x = torch.randn(1, inputs, generator=generator)
-    assert apart(llama3.multiply_and_sum(x, w), x.double() @ w.double().T) < 1e-5
+    assert apart(command_line.multiply_and_sum(x, w), x.double() @ w.double().T) < 1e-5
 
 
 # --- one function for every use -------------------------------------------------------------------
