@@ -47,6 +47,7 @@ from checkpoint_files import (
     out_of_memory,
     possible_parts,
     say,
+    shapes_of_part,
 )
 
 DEMO_DIR = Path(__file__).resolve().parent / "demo"
@@ -643,6 +644,16 @@ def part_of_config(config: llama3.Config) -> llama3.Config:
         n_kv_heads=max(config.n_kv_heads // n, 1),
         ffn_dim=-(-config.ffn_dim // n),
     )
+
+
+def memory_of_rank(
+    config: llama3.Config, rank: int, n_ranks: int, itemsize: int, length: int
+) -> tuple[int, int]:
+    """The bytes of a rank's part of the weights, and of its cache for `length` positions."""
+    shapes = shapes_of_part(llama3.weight_shapes(config), config.head_dim, rank, n_ranks)
+    keys = shapes["layers.0.attention.wk.weight"][0]
+    cache = config.n_layers * 2 * keys * length
+    return sum(map(math.prod, shapes.values())) * itemsize, cache * itemsize
 
 
 def check_memory(

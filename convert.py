@@ -62,6 +62,7 @@ from checkpoint_files import (
     read_json_object,
     refuse_other_computation,
     say,
+    split_axis,
     swiglu_width,
 )
 from tokenizer_setup import SPECIAL_TOKENS, TextFormat, Tokenizer
@@ -1264,7 +1265,10 @@ def hf_config(config: llama3.Config, weights: llama3.Weights, path: Path) -> dic
         scaling = {"rope_type": "llama3", "factor": config.rope_scaling_factor}
         scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
         scaling |= {"original_max_position_embeddings": 8192}
-    output, embeddings = weights["output.weight"], weights["tok_embeddings.weight"]
+    output, embeddings = (
+        [tensor.data_ptr() for tensor in llama3.Weights({name: weights[name]}).tensors()]
+        for name in ("output.weight", "tok_embeddings.weight")
+    )
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -1274,7 +1278,7 @@ def hf_config(config: llama3.Config, weights: llama3.Weights, path: Path) -> dic
         "hidden_act": "silu",
         "attention_bias": bool(kinds),
         "mlp_bias": False,
-        "tie_word_embeddings": output.data_ptr() == embeddings.data_ptr(),
+        "tie_word_embeddings": output == embeddings,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
 
@@ -1382,24 +1386,30 @@ def to_hf(ckpt_dir: Path, out_dir: Path, progress: Progress = iter, tokenizer: b
     files["config.json"] = settings
     if settings["tie_word_embeddings"]:
         del weights["output.weight"]
+    sizes = {
+        name: sum(tensor.nbytes for tensor in llama3.Weights({name: weight}).tensors())
+        for name, weight in weights.items()
+    }
     shards, size = [[]], 0
-    for name, weight in weights.items():
-        if shards[-1] and size + weight.nbytes > SHARD_BYTES:
+    for name in weights:
+        if shards[-1] and size + sizes[name] > SHARD_BYTES:
             shards.append([])
             size = 0
         shards[-1].append(name)
-        size += weight.nbytes
+        size += sizes[name]
     n = len(shards)
     shard_names = [f"model-{i:05}-of-{n:05}.safetensors" for i in range(1, n + 1)]
     shard_names = ["model.safetensors"] if n == 1 else shard_names
     places = {}
-    with new_folder(out_dir, sum(weight.nbytes for weight in weights.values())) as folder:
+    with new_folder(out_dir, sum(sizes.values())) as folder:
         names = iter(progress(weights))
         for shard, shard_name in zip(shards, shard_names, strict=True):
             tensors, storages = {}, set()
             for _ in shard:
                 name = next(names)
                 weight = weights[name]
+                if isinstance(weight, list):  # of several files
+                    weight = torch.cat(weight, dim=split_axis(name))
                 if re.search(r"attention\.w[qk]\.", name):
                     weight = pairs_half_a_head_apart(weight, config.head_dim)
                 weight = weight.contiguous()
@@ -1412,7 +1422,7 @@ def to_hf(ckpt_dir: Path, out_dir: Path, progress: Progress = iter, tokenizer: b
                 save_file(tensors, folder / shard_name, metadata={"format": "pt"})
         next(names, None)
         if n > 1:
-            total = sum(weight.nbytes for weight in weights.values())
+            total = sum(sizes.values())
             files["model.safetensors.index.json"] = {
                 "metadata": {"total_size": total},
                 "weight_map": places,

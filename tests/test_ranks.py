@@ -52,6 +52,15 @@ def with_biases(weights):
     return weights | biases
 
 
+@pytest.fixture(scope="module")
+def demo_in_four(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("four")
+    split(dict(llama3.map_weights(DEMO, llama3.load_config(DEMO))), folder, 4)
+    for name in ("params.json", "tokenizer.model"):
+        shutil.copy(DEMO / name, folder)
+    return folder
+
+
 # --- files ----------------------------------------------------------------------------------------
 
 
@@ -123,6 +132,13 @@ def test_files_for_more_ranks_than_heads_of_keys_may_hold_the_same_head(tmp_path
         torch.save(file, path)
     loaded = llama3.load_weights(tmp_path, config)
     assert all(torch.equal(loaded[name], weight) for name, weight in weights.items())
+
+
+def test_several_files_become_a_hugging_face_folder(tmp_path, demo_in_four):
+    convert.to_hf(demo_in_four, tmp_path / "four")
+    convert.to_hf(DEMO, tmp_path / "one")
+    for path in (tmp_path / "one").iterdir():
+        assert (tmp_path / "four" / path.name).read_bytes() == path.read_bytes()
 
 
 def test_a_vocabulary_of_minus_one_is_that_of_all_files(tmp_path):
@@ -311,6 +327,50 @@ def test_sizes_that_do_not_divide_and_shared_heads_of_keys(
             assert apart(logits, expected) < 1e-4
 
 
+@pytest.mark.parametrize("n_ranks", [1, 2, 4, 8])
+def test_the_memory_of_a_rank_is_what_the_loader_takes(tmp_path, n_ranks):
+    config = config_of(tmp_path, **SIZES | {"n_kv_heads": 4, "ffn_dim": 203, "vocab_size": 1283})
+    weights = random_weights(config, torch.bfloat16)
+    split(weights, tmp_path, 1)
+    for rank in range(n_ranks):
+        part = llama3.map_weights(tmp_path, config, rank, n_ranks)
+        part = llama3.place_weights(part, torch.device("cpu"), torch.bfloat16)
+        cache = llama3.new_cache(part, config, 100)
+        found = sum(weight.nbytes for weight in part.values()), cache.nbytes
+        assert command_line.memory_of_rank(config, rank, n_ranks, 2, 100) == found
+
+
+def test_the_readmes_table_is_what_the_benchmark_computes():
+    table = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "ranks.py", "--table"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert table.stdout in (ROOT / "README.md").read_text()
+
+
+def test_without_memory_to_join_them_the_pieces_are_used(
+    tmp_path, monkeypatch, capsys, demo_in_four
+):
+    argv = ["--ckpt-dir", str(demo_in_four), "--dtype", "float32", "--prompt", "17 plus 8 is"]
+    needed = 2.4e6  # of weights
+    monkeypatch.setattr(command_line, "free_bytes", lambda device: 2e6)
+    placed = []
+    place = llama3.place_weights
+
+    def watched(*arguments):
+        placed.append(place(*arguments))
+        return placed[-1]
+
+    monkeypatch.setattr(llama3, "place_weights", watched)
+    assert command_line.main(argv) == 0
+    out, err = capsys.readouterr()
+    assert out == " 25."
+    assert f"memory does not suffice to join the weights, {needed / 1e6:.0f} MB: products" in err
+    assert isinstance(placed[0]["output.weight"], list)
+
+
 def test_which_numbers_of_ranks_are_possible():
     assert checkpoint_files.possible_parts(32, 8) == [1, 2, 4, 8, 16, 32]
     assert checkpoint_files.possible_parts(6, 3) == [1, 3, 6]
@@ -364,15 +424,6 @@ def alone(monkeypatch, capsys, argv, typed):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed.encode())))
     assert command_line.main(argv) == 0
     return "".join(capsys.readouterr())
-
-
-@pytest.fixture(scope="module")
-def demo_in_four(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("four")
-    split(dict(llama3.map_weights(DEMO, llama3.load_config(DEMO))), folder, 4)
-    for name in ("params.json", "tokenizer.model"):
-        shutil.copy(DEMO / name, folder)
-    return folder
 
 
 @pytest.mark.parametrize("n_ranks", [2, 4])
