@@ -7,6 +7,7 @@ from anywhere: from params.json, from options, from arguments.
 
 import ctypes
 import errno
+import functools
 import json
 import math
 import mmap
@@ -627,6 +628,7 @@ def check_finite(logits: Any, weights: Mapping[str, Any], step: int) -> None:
 # Megatron-LM; fairscale's layers in Meta's llama3/model.py).
 
 
+@functools.cache  # it is asked for at every product
 def split_axis(name: str) -> int | None:
     """The dimension in which a weight is cut: wo and w2 by columns, and norms not at all.
 
