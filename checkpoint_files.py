@@ -179,9 +179,15 @@ def find_weights(ckpt_dir: str | os.PathLike) -> list[Path]:
     Raises CheckpointError if one is missing in between. Other names, such as
     "consolidated.00 (1).pth", are of no consequence.
     """
-    folder = find_file(ckpt_dir, "consolidated.00.pth").parent
-    names = {file.name for file in folder.glob("consolidated.*.pth")}
+    folder = Path(ckpt_dir)
+    names = (
+        {file.name for file in folder.glob("consolidated.*.pth")}
+        if os.path.isdir(folder)
+        else set()
+    )
     names = {name for name in names if re.fullmatch(r"consolidated\.\d\d\.pth", name)}
+    if not names:
+        find_file(folder, "consolidated.00.pth")  # raises
     wanted = [f"consolidated.{number:02}.pth" for number in range(len(names))]
     missing = sorted(set(wanted) - names)
     if missing:
@@ -650,12 +656,16 @@ def _span(name: str, size: int, unit: int, part: int, parts: int) -> tuple[int, 
     unit = unit if ".attention." in name else 1
     n = size // unit
     begin, end = n * part // parts, n * (part + 1) // parts
-    return begin * unit, max(end, begin + 1) * unit
+    end = max(end, begin + 1) if ".attention." in name else end
+    return begin * unit, end * unit
 
 
-def possible_parts(n_heads: int, n_kv_heads: int) -> list[int]:
-    """Into how many parts a model can be cut for ranks: each has as many heads, with their keys."""
-    divisors = (n for n in range(1, n_heads + 1) if n_heads % n == 0)
+def possible_parts(n_heads: int, n_kv_heads: int, most: int) -> list[int]:
+    """Into how many parts, at most so many, a model can be cut for ranks.
+
+    Each has as many heads, with their keys.
+    """
+    divisors = (n for n in range(1, min(n_heads, most) + 1) if n_heads % n == 0)
     return [n for n in divisors if n_kv_heads % n == 0 or n % n_kv_heads == 0]
 
 
@@ -711,8 +721,15 @@ def part_of_weights(
 def check_one_model(files: Sequence[Mapping[str, Any]], paths: Sequence[Path]) -> None:
     """Raise CheckpointError unless the files are parts of one model, as far as can be told.
 
-    They have weights of the same names and types, and what is not cut is the same in all.
+    They have weights of the same names and types, and what is not cut is the same in all. No two
+    begin with the same row of wq, as a copy would.
     """
+    first = [file["layers.0.attention.wq.weight"][0] for file in files]
+    for i, path in enumerate(paths):
+        for j in range(i):
+            if first[i].equal(first[j]) and first[i].any():
+                problem = f"it holds the same as {paths[j].name}"
+                raise CheckpointError(path, f"{problem}; expected the next part of the model")
     for path, file in zip(paths[1:], files[1:], strict=True):
         for name in sorted(files[0].keys() ^ file.keys()):
             problem = f"one of it and {paths[0].name} has {name}, the other has not"
@@ -720,7 +737,7 @@ def check_one_model(files: Sequence[Mapping[str, Any]], paths: Sequence[Path]) -
         for name, weight in files[0].items():
             same = str(weight.dtype) == str(file[name].dtype)
             if same and split_axis(name) is None:
-                same = weight.equal(file[name])
+                same = weight.nan_to_num().equal(file[name].nan_to_num())
             if not same:
                 problem = f"its {name} is another one than that of {paths[0].name}"
                 raise CheckpointError(path, f"{problem}; expected files of one model")
@@ -756,7 +773,8 @@ def weights_in(
 def forget(tensors: Iterable[Any]) -> None:
     """Give back the memory of tensors that are mapped from a file and are not needed for now.
 
-    It comes from the file again if it is. For others, and where this is not Linux, nothing is done.
+    It comes from the file again if it is, as the file has it, whatever was written to the tensor.
+    For tensors that are not mapped, and where this is not Linux, nothing is done.
     """
     try:
         maps = Path("/proc/self/maps").read_text()
@@ -773,8 +791,9 @@ def forget(tensors: Iterable[Any]) -> None:
         end = begin + (last + 1) * tensor.itemsize
         page = mmap.PAGESIZE
         if any(low <= begin and end <= high for low, high in mapped):
-            begin = begin // page * page
-            advise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
+            begin, end = -(-begin // page) * page, end // page * page  # pages that are all its own
+            size = ctypes.c_size_t(max(end - begin, 0))
+            advise(ctypes.c_void_p(begin), size, mmap.MADV_DONTNEED)
 
 
 # --- values ---------------------------------------------------------------------------------------

@@ -25,10 +25,11 @@ import os
 import re
 import shutil
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, TextIO
 
 import torch
 from tqdm import tqdm
@@ -42,12 +43,14 @@ from checkpoint_files import (
     CheckpointError,
     Limits,
     bytes_to_read,
+    find_weights,
     give_up,
     one_line,
     out_of_memory,
     possible_parts,
     say,
     shapes_of_part,
+    split_axis,
 )
 
 DEMO_DIR = Path(__file__).resolve().parent / "demo"
@@ -55,6 +58,7 @@ THREADS_BYTES = 2**28  # of address space for PyTorch's threads, which end the p
 COMPILED_FROM_BYTES = 5e8  # of weights: below, compiling takes longer than it saves
 MAX_PROMPT_BYTES = 2**26  # more than any context holds, and not more than is quickly read
 MAX_SCORED_BYTES = 2**30
+MEETING = datetime.timedelta(minutes=2)  # for all ranks to start
 SCORED_LOGITS = 2**24  # at a time: 64 MB
 
 
@@ -108,7 +112,7 @@ def stream(texts: Iterable[str]) -> bool:
 def in_environment(name: str, default: int) -> int:
     """A number that torchrun, or another launcher, has put into the environment of a rank."""
     text = os.environ.get(name, "")
-    return int(text) if text.isdigit() and "MASTER_ADDR" in os.environ else default
+    return int(text) if text.isdecimal() and "MASTER_ADDR" in os.environ else default
 
 
 def n_ranks() -> int:
@@ -124,27 +128,53 @@ def this_rank() -> int:
 
 def meet() -> None:
     """Meet the other ranks, if there are any. Raises UsageError if they cannot be reached."""
-    if in_environment("WORLD_SIZE", 1) == 1:
+    rank, n = in_environment("RANK", 0), in_environment("WORLD_SIZE", 1)
+    if n == 1:
         return
+    if rank >= n:
+        raise UsageError(f"RANK is {rank}, expected less than WORLD_SIZE, which is {n}")
     if not torch.distributed.is_available():
         raise UsageError("this PyTorch is built without torch.distributed, and needs one process")
     nccl = torch.cuda.is_available() and torch.distributed.is_nccl_available()
+    backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
     forever = datetime.timedelta(days=365)  # users may think for long; who ends is noticed at once
     try:
-        torch.distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=forever
-        )
+        torch.distributed.init_process_group(backend, timeout=MEETING)
+        torch.distributed.distributed_c10d._set_pg_timeout(forever)
     except (ValueError, RuntimeError) as error:
-        raise UsageError(f"the other processes cannot be reached: {one_line(error)}") from None
+        reason = one_line(error, limit=300)
+        raise UsageError(f"the {n} processes cannot reach each other: {reason}") from None
+
+
+class OutOfStep:
+    """Whether a computation was broken off here, in which the other ranks still are."""
+
+    now = False
 
 
 def tell(message: object = None) -> object:
     """What rank 0 tells all ranks: its own `message`, whatever the others say."""
-    if n_ranks() == 1:
+    if n_ranks() == 1 or OutOfStep.now:
         return message
     box = [message]
     torch.distributed.broadcast_object_list(box, src=0, device=torch.device("cpu"))
     return box[0]
+
+
+@contextlib.contextmanager
+def computing(*message: object) -> Iterator[None]:
+    """What the other ranks do too, as they are told. If it ends early, nothing reaches them again.
+
+    But for numbers that are not finite, which all ranks find at the same time.
+    """
+    try:
+        tell(message)
+        yield
+    except FloatingPointError:
+        raise
+    except BaseException:
+        OutOfStep.now = True
+        raise
 
 
 def gathered(value: object) -> list[object]:
@@ -168,9 +198,12 @@ def together() -> Iterator[None]:
     try:
         yield
     except known as error:
-        if n_ranks() == 1 or lost_connection(error):
+        if n_ranks() == 1:
             raise
         problem = one_line(error, limit=1000)
+    except BaseException:
+        OutOfStep.now = True
+        raise
     for rank, found in enumerate(gathered(problem)):
         if found is not None:
             raise UsageError(found if rank == 0 else f"rank {rank}: {found}")
@@ -607,10 +640,14 @@ def bytes_needed(
 
 def check_files(ckpt_dir: Path) -> None:
     """Raise UsageError if the weights cannot be mapped and there is no memory to read them."""
-    found = ckpt_dir.glob("consolidated.*.pth") if os.path.isdir(ckpt_dir) else ()
-    paths = [path for path in found if path.is_file()]
+    try:
+        paths = find_weights(ckpt_dir)
+    except CheckpointError:  # which is raised again where they are needed
+        return
     sizes = {path: bytes_to_read(path) for path in paths}
-    path, size = max(sizes, key=sizes.get, default=ckpt_dir), sum(sizes.values())
+    path, size = max(sizes, key=sizes.get), sum(sizes.values())
+    if n_ranks() > 1:
+        size *= in_environment("LOCAL_WORLD_SIZE", 1)
     free = free_bytes(torch.device("cpu"))
     if size > free:
         raise UsageError(
@@ -628,8 +665,10 @@ def bytes_of_weights(
     joined from pieces, or are some of the columns of a matrix.
     """
     if device.type == "cpu":
-        placed = [w if isinstance(w, list) else [w] for w in weights.values()]
-        joined = [p for p in placed if len(p) > 1 or not p[0].is_contiguous()]
+        joined = [w for w in weights.values() if isinstance(w, list)]
+        if n_ranks() > 1:
+            tensors = (w for name, w in weights.items() if split_axis(name) == 1)
+            joined += [[w] for w in tensors if not isinstance(w, list) and not w.is_contiguous()]
         return copied + sum(piece.nbytes for pieces in joined for piece in pieces)
     tensors = llama3.Weights(weights).tensors()
     distinct = {(t.data_ptr() or id(t), t.stride()): t.numel() for t in tensors}
@@ -750,6 +789,13 @@ def bar(what: str, unit: str, delay: float) -> Callable[[Iterable], Iterable]:
     return functools.partial(tqdm, desc=what, **options)
 
 
+def processors() -> int:
+    """How many this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def worth_compiling(weights: llama3.Weights, device: torch.device) -> bool:
     """Whether compiled products save more than compiling takes, and a C++ compiler is at hand."""
     whole = not any(isinstance(weight, list) for weight in weights.values())
@@ -786,7 +832,8 @@ def compiled_products(weights: llama3.Weights) -> llama3.Weights:
             kinds[weight.dtype, weight.shape[1]] = name.removesuffix(".weight")
     for (_, inputs), name in kinds.items():
         x = torch.linspace(-1, 1, inputs).to(weights["norm.weight"])[None]
-        y, expected = llama3.linear(x, fast, name), llama3.linear(x, weights, name)
+        matrix = weights[f"{name}.weight"]
+        y, expected = fast.one_token(x, matrix), llama3.product_of_one(x, matrix)
         if not (y - expected).abs().max() <= 0.02 * expected.abs().max():
             raise RuntimeError(f"the compiled product with {name} is wrong")
     return fast
@@ -832,7 +879,7 @@ def opened(args: argparse.Namespace) -> Model:
         torch.set_num_threads(args.threads)
     elif n_ranks() > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":  # which torchrun has set
         here = in_environment("LOCAL_WORLD_SIZE", 1)
-        torch.set_num_threads(max((os.cpu_count() or 1) // here, 1))
+        torch.set_num_threads(max(processors() // here, 1))
     source = convert.open_source(ckpt_dir) if convert.is_source(ckpt_dir) else None
     if source:
         note(f"found in {ckpt_dir}: {source.found}")
@@ -840,7 +887,8 @@ def opened(args: argparse.Namespace) -> Model:
     else:
         check_files(ckpt_dir)
         config = llama3.load_config(ckpt_dir)
-    possible = possible_parts(config.n_heads, config.n_kv_heads)
+    most = min(config.ffn_dim, config.vocab_size)
+    possible = possible_parts(config.n_heads, config.n_kv_heads, most)
     if n_ranks() not in possible:
         raise UsageError(
             f"{n_ranks()} processes cannot share {config.n_heads} heads of queries and "
@@ -875,7 +923,9 @@ def opened(args: argparse.Namespace) -> Model:
             weights = source.load_weights(device, dtype, loading, **part)
         else:
             weights = llama3.place_weights(weights, device, dtype, loading, join)
-        if args.compile or (args.compile is None and worth_compiling(weights, device)):
+        if args.compile and not join:
+            note("--compile: products over pieces are not compiled")
+        elif args.compile or (args.compile is None and worth_compiling(weights, device)):
             weights = compiled(weights)
         return weights
 
@@ -919,20 +969,17 @@ def steps_of(
         going = True
         try:
             while going:
-                tell(True)
-                step = next(steps, None)
+                with computing("next"):
+                    step = next(steps, None)
                 going = step is not None
                 if going:
                     yield step
         except FloatingPointError as error:
             going = False
             raise FloatingPointError(best_reason(gathered(str(error)))) from None
-        except (KeyboardInterrupt, RuntimeError):  # in the middle of a computation
-            going = False
-            raise
         finally:
             if going:
-                tell(False)
+                tell(None)
 
     return led() if n_ranks() > 1 else steps
 
@@ -1160,8 +1207,8 @@ def plot(
     steps = steps_of([tokens], weights, model.config, max_new_tokens=1, max_seq_len=room)
     with contextlib.closing(steps):
         _, logprobs = next(steps)
-    tell(("attention", tokens, layer, last))
-    shares = attention_of(tokens, weights, model.config, layer, last)
+    with computing("attention", tokens, layer, last):
+        shares = attention_of(tokens, weights, model.config, layer, last)
     draw(args.plot, model.tokenizer, tokens, logprobs[0], shares, layer)
 
 
@@ -1301,10 +1348,10 @@ def score(args: argparse.Namespace) -> int:
             for begin, first in windows(len(tokens), max_seq_len) if n else ():
                 window = tokens[begin : begin + max_seq_len]
                 done = progress.n
-                tell(("score", window, first - begin))
-                scored = scored_tokens(
-                    window, weights, config, first=first - begin, progress=counted
-                )
+                with computing("score", window, first - begin):
+                    scored = scored_tokens(
+                        window, weights, config, first=first - begin, progress=counted
+                    )
                 if not scored.isfinite().all():
                     raise FloatingPointError("the scores are not finite numbers")
                 nll -= scored.double().sum().item()
@@ -1544,12 +1591,12 @@ def converse(chat: Chat) -> int:
             else:
                 read = stream([" ".join("".join(chat.answer(line)).splitlines()) + "\n"])
         except KeyboardInterrupt:  # what was written stays, and on a terminal the conversation
-            if not terminal:
+            if not terminal or OutOfStep.now:
                 raise
         except OutputError:
             raise
         except (UsageError, FloatingPointError, RuntimeError, MemoryError) as error:
-            if isinstance(error, RuntimeError) and not out_of_memory(error):
+            if OutOfStep.now or (isinstance(error, RuntimeError) and not out_of_memory(error)):
                 raise
             note(error)
             if not (terminal or command):  # the answers stay in line with the turns
@@ -1602,7 +1649,7 @@ class Follower:
 
     def load(self, *sizes: int) -> None:
         start = time.perf_counter()
-        with together():
+        with contextlib.suppress(UsageError), together():  # of which rank 0 tells
             self.model = opened(self.args)
             self.weights = self.model.load(*sizes)
         self.load_s = time.perf_counter() - start
@@ -1648,41 +1695,38 @@ def lead(args: argparse.Namespace) -> int:
     return complete(args) if args.score is None else score(args)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(argv: Sequence[str] | None) -> int:
     """Lead the ranks, or follow; returns the exit status. Raises CheckpointError, UsageError."""
-    if sys.stdout is None:
-        raise UsageError("standard output is closed, so there is nowhere to write to")
     meet()
     if this_rank() > 0:
+        args = None
+        with contextlib.suppress(UsageError):  # of which rank 0 tells, and then that is all
+            args = parse_arguments(argv)
         return follow(args)
     try:
+        args = parse_arguments(argv)
+        if sys.stdout is None:
+            raise UsageError("standard output is closed, so there is nowhere to write to")
         return lead(args)
     finally:
         with contextlib.suppress(RuntimeError):
             tell(None)  # that is all
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status, 2 if the input was bad."""
-    if sys.stderr is None:  # closed: no file that is opened from here on may take its place
-        while os.open(os.devnull, os.O_RDWR) < 2:
-            pass
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    rank, voice = in_environment("RANK", 0), sys.stderr
-    if rank > 0:
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+def status_of(argv: Sequence[str] | None, rank: int, voice: TextIO) -> int:
+    """Run, and say in one line what went wrong; returns the exit status."""
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: note(message)
-            return run(parse_arguments(argv))
+            return run(argv)
     except (CheckpointError, UsageError, FloatingPointError) as error:
         note(f"error: {error}")
         return 2
     except (RuntimeError, MemoryError, OSError) as error:
         if lost_connection(error):
-            note("error: another rank has ended")
+            note(f"another rank has ended ({one_line(error, limit=100)})")
             return 2
-        sys.stderr = voice  # this is the first to know
+        sys.stderr = voice  # this rank is the first to know
         if not out_of_memory(error):
             raise
         where = f"rank {rank}: " * (n_ranks() > 1)
@@ -1692,9 +1736,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         exec("")  # in which Python forgets that an import was interrupted, and obeys the status
         return 130
-    finally:
-        if n_ranks() > 1:
-            torch.distributed.destroy_process_group()
+    except Exception:
+        sys.stderr = voice
+        raise
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status, 2 if the input was bad."""
+    if sys.stderr is None:  # closed: no file that is opened from here on may take its place
+        while os.open(os.devnull, os.O_RDWR) < 2:
+            pass
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    rank, voice = in_environment("RANK", 0), sys.stderr
+    if rank > 0 and in_environment("WORLD_SIZE", 1) > 1:
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    try:
+        status = status_of(argv, rank, voice)
+    except BaseException as error:
+        if n_ranks() == 1:
+            raise
+        status = error.code if isinstance(error, SystemExit) else 1
+        if not isinstance(error, SystemExit):
+            traceback.print_exc(file=voice)
+    if n_ranks() > 1:  # the others may be in a computation that never ends, and are left at once
+        for out in (sys.stdout, voice):
+            with contextlib.suppress(OSError, ValueError):
+                out.flush()
+        os._exit(status)
+    return status
 
 
 if __name__ == "__main__":

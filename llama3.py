@@ -144,7 +144,7 @@ def product_of_one(x: Tensor, w: Tensor) -> Tensor:
 
 
 def sum_over_ranks(x: Tensor, weights: Weights) -> Tensor:
-    """The sum of what each rank has in x, on all of them; of a single process x itself."""
+    """The sum of the ranks' x, all of one shape, on each of them; of a single process x itself."""
     if getattr(weights, "n_ranks", 1) > 1:
         torch.distributed.all_reduce(x)
     return x
@@ -157,13 +157,14 @@ def linear(x: Tensor, weights: Weights, name: str) -> Tensor:
     one output takes of each input, hence the transpose. A bias is added if there is one. A rank has
     some rows, for some outputs; of wo and w2 some columns, for some inputs, and all are summed.
     """
+    one_token = getattr(weights, "one_token", None)
 
     def product(x: Tensor, w: Tensor) -> Tensor:
         if one_token is not None and x.numel() == w.shape[1]:
             return one_token(x, w)
         return x @ w.T if w.dtype == x.dtype else _product_with_another_type(x, w)
 
-    one_token, bias = getattr(weights, "one_token", None), weights.get(f"{name}.bias")
+    bias = weights.get(f"{name}.bias")
     w, by_columns = weights[f"{name}.weight"], files.split_axis(f"{name}.weight") == 1
     if isinstance(w, Tensor):
         y = product(x, w)
@@ -176,7 +177,7 @@ def linear(x: Tensor, weights: Weights, name: str) -> Tensor:
 
 
 def whole(x: Tensor, weights: Weights, size: int, dim: int = -1) -> Tensor:
-    """The ranks' parts of a dimension of `size` side by side; of a single process x itself."""
+    """The ranks' parts of a dimension side by side: [..., part] -> [..., size]; x if it is all."""
     if getattr(weights, "n_ranks", 1) == 1:
         return x
     parts = x.new_zeros([size if i == dim % x.dim() else n for i, n in enumerate(x.shape)])
@@ -675,10 +676,11 @@ def place_weights(
         if place not in copies:
             mapped = device.type == "cpu" and pieces[0].dim() == 2
             stored = pieces if mapped else [p.to(device).to(dtype) for p in pieces]
-            if (mapped and not join) or (len(pieces) == 1 and pieces[0].is_contiguous()):
+            columns = placed.n_ranks > 1 and not pieces[0].is_contiguous()  # of a matrix
+            if (mapped and not join) or (len(pieces) == 1 and not columns):
                 copies[place] = stored if len(stored) > 1 else stored[0]
             else:
-                copies[place] = torch.cat(stored, dim=files.split_axis(name))
+                copies[place] = torch.cat(stored, dim=files.split_axis(name) or 0)
                 files.forget(pieces)
         placed[name] = copies[place]
     return placed

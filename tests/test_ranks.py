@@ -1,5 +1,6 @@
 """A model in several files, on one process or on several, each with a part of it."""
 
+import datetime
 import io
 import json
 import math
@@ -316,7 +317,7 @@ def test_sizes_that_do_not_divide_and_shared_heads_of_keys(
     tokens = random_tokens(config, 7)
     expected = llama3.forward(tokens, weights, config)
     for n_ranks in sizes:
-        if n_ranks not in checkpoint_files.possible_parts(heads, kv_heads):
+        if n_ranks not in checkpoint_files.possible_parts(heads, kv_heads, 37):
             continue
 
         def of_rank(rank, n_ranks=n_ranks):
@@ -371,11 +372,141 @@ def test_without_memory_to_join_them_the_pieces_are_used(
     assert isinstance(placed[0]["output.weight"], list)
 
 
+def test_tensors_that_are_stored_apart_are_loaded_as_ever(tmp_path):
+    config = config_of(tmp_path, **SIZES)
+    weights = random_weights(config, torch.float32)
+    stored = dict(weights)
+    stored["norm.weight"] = torch.stack([weights["norm.weight"]] * 2, dim=1)[:, 0]
+    stored["output.weight"] = weights["output.weight"].T.contiguous().T
+    torch.save(stored, tmp_path / "consolidated.00.pth")
+    loaded = llama3.load_weights(tmp_path, config)
+    assert all(torch.equal(loaded[name], weight) for name, weight in weights.items())
+    assert not loaded["output.weight"].is_contiguous()  # and it is no copy
+
+
+def test_what_was_written_to_mapped_weights_is_joined(tmp_path):
+    config = config_of(tmp_path, **SIZES)
+    split(random_weights(config, torch.float32), tmp_path, 2)
+    mapped = llama3.map_weights(tmp_path, config)
+    for tensor in mapped.tensors():
+        tensor.fill_(7)
+    placed = llama3.place_weights(mapped, torch.device("cpu"), torch.float32)
+    assert all((weight == 7).all() for weight in placed.values())
+
+
+def test_a_copy_of_another_file_is_refused(four_files):
+    folder, config, _ = four_files
+    shutil.copy(folder / "consolidated.01.pth", folder / "consolidated.02.pth")
+    assert "02.pth: it holds the same as consolidated.01.pth; expected the next" in refusal(
+        folder, config
+    )
+
+
+def test_files_without_the_first_and_others_beside_them(four_files):
+    folder, config, weights = four_files
+    (folder / "consolidated.backup.pth").write_bytes(b"what is this")
+    (folder / "consolidated.00 (1).pth").write_bytes(b"what is this")
+    assert torch.equal(llama3.load_weights(folder, config)["norm.weight"], weights["norm.weight"])
+    (folder / "consolidated.00.pth").unlink()
+    assert "consolidated.00.pth is missing, but there is consolidated.03.pth" in refusal(
+        folder, config
+    )
+
+
+@pytest.fixture
+def two_ranks(monkeypatch):
+    """The command line believes to be rank 0 of two, on one machine."""
+    monkeypatch.setattr(command_line, "n_ranks", lambda: 2)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+
+
+def test_statistics_are_those_of_the_slowest_and_largest(two_ranks, monkeypatch):
+    others = [{"load_s": 1.0, "peak": 5}, {"load_s": 2.0, "peak": 3}]
+    monkeypatch.setattr(command_line, "tell", lambda message: None)
+    monkeypatch.setattr(command_line, "gathered", lambda stats: [stats, *others])
+    assert command_line.slowest({"load_s": 1.5, "peak": 4}) == {"load_s": 2.0, "peak": 5}
+
+
+def test_of_reasons_that_which_names_a_weight_is_told():
+    reasons = ["it overflowed", "layers.0 holds NaN", "it overflowed"]
+    assert command_line.best_reason(reasons) == "layers.0 holds NaN"
+    assert command_line.best_reason(["it overflowed"] * 2) == "it overflowed"
+
+
+def test_ranks_share_the_memory_of_a_machine(two_ranks, monkeypatch, demo_config):
+    part = command_line.part_of_config(demo_config)
+    assert (part.n_heads, part.n_kv_heads, part.ffn_dim) == (4, 2, 224)
+    monkeypatch.setattr(command_line, "free_bytes", lambda device: 3e7)
+    needs = [part, 2 * 10**7, torch.device("cpu"), torch.float32, 5, 5]
+    with pytest.raises(command_line.UsageError, match="but 15 MB are free"):
+        command_line.check_memory(*needs)
+    monkeypatch.setattr(command_line, "n_ranks", lambda: 1)
+    command_line.check_memory(*needs)
+
+
+def test_what_is_joined_or_copied_counts_as_memory(two_ranks, demo_in_four, demo_config):
+    device = torch.device("cpu")
+
+    def size(folder, rank, n_ranks):
+        mapped = llama3.map_weights(folder, demo_config, rank, n_ranks)
+        return command_line.bytes_of_weights(mapped, device, torch.bfloat16)
+
+    columns = 4 * (128 * 128 + 128 * 448) * 2  # of wo and w2, in bfloat16
+    assert size(DEMO, 0, 2) == columns // 2
+    assert size(demo_in_four, 0, 4) == 0
+    whole = sum(
+        w.nbytes for name, w in llama3.map_weights(DEMO, demo_config).items() if w.dim() > 1
+    )
+    assert size(demo_in_four, 0, 1) == whole
+
+
+@pytest.mark.parametrize("name", ["mps", "cuda:1"])
+def test_a_single_device_is_refused_to_several_ranks(two_ranks, name):
+    with pytest.raises(command_line.UsageError, match="expected cuda or cpu where several"):
+        command_line.choose_device(name)
+
+
+def test_each_rank_has_a_device_of_its_own(two_ranks, monkeypatch):
+    assert command_line.choose_device("cpu").type == "cpu"
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert str(command_line.choose_device("auto")) == "cuda:1"
+    assert chosen == [1]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(command_line.UsageError, match="2 processes here, but 1 CUDA devices"):
+        command_line.choose_device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "cannot reach each other"),
+        ({"WORLD_SIZE": "2", "RANK": "5"}, "RANK is 5, expected less than WORLD_SIZE, which is 2"),
+    ],
+)
+def test_ranks_that_do_not_come_are_not_waited_for(monkeypatch, capsys, environment, said):
+    monkeypatch.setattr(command_line, "MEETING", datetime.timedelta(seconds=1))
+    for name, value in environment.items() | {("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")}:
+        monkeypatch.setenv(name, value)
+    stderr = sys.stderr
+    try:
+        assert command_line.main(["--prompt", "the", "--ckpt-dir", str(DEMO)]) == 2
+    finally:
+        sys.stderr = stderr
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert environment["RANK"] == "5" or said in err
+
+
 def test_which_numbers_of_ranks_are_possible():
-    assert checkpoint_files.possible_parts(32, 8) == [1, 2, 4, 8, 16, 32]
-    assert checkpoint_files.possible_parts(6, 3) == [1, 3, 6]
-    assert checkpoint_files.possible_parts(8, 8) == [1, 2, 4, 8]
-    assert checkpoint_files.possible_parts(9, 3) == [1, 3, 9]
+    assert checkpoint_files.possible_parts(32, 8, 100) == [1, 2, 4, 8, 16, 32]
+    assert checkpoint_files.possible_parts(6, 3, 100) == [1, 3, 6]
+    assert checkpoint_files.possible_parts(8, 8, 7) == [1, 2, 4]
+    assert checkpoint_files.possible_parts(9, 3, 100) == [1, 3, 9]
 
 
 # --- ranks, as processes --------------------------------------------------------------------------
@@ -447,7 +578,7 @@ def test_all_that_one_process_does_several_do(tmp_path, monkeypatch, capsys, dem
         [["--ckpt-dir", str(hf), "--dtype", "float32", "--prompt", "17 plus 8 is"], ""],
     ]
     if n_ranks > 2:  # slow where there are fewer processors
-        runs = [runs[0], runs[3], runs[7]]
+        runs = [runs[3], runs[7]]
     together = on_ranks(tmp_path, n_ranks, runs)
     shares = (tmp_path / "ranks.png").read_bytes()
     for (argv, typed), found in zip(runs, together, strict=True):
@@ -504,6 +635,45 @@ def test_a_rank_that_cannot_load_ends_all_with_one_line(tmp_path):
     assert own_lines(err) == [f"llama3.py: error: rank 1: {DEMO}: is not here"]
     assert out == ""
     assert time.monotonic() - begin < 40
+
+
+# Raises an error at the n-th norm on one rank only, in the middle of a computation.
+BROKEN = """
+import sys, command_line, llama3
+
+rank, nth, error = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+right, calls = llama3.rms_norm, []
+
+def rms_norm(*arguments):
+    calls.append(1)
+    if len(calls) == nth and command_line.this_rank() == rank:
+        raise {"memory": MemoryError(), "bug": ValueError("a bug")}[error]
+    return right(*arguments)
+
+llama3.rms_norm = rms_norm
+sys.exit(command_line.main(sys.argv[4:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("rank", "nth", "error", "argv", "typed", "said"),
+    [
+        (0, 60, "memory", ["--prompt", "Once upon a time"], "", "error: rank 0: memory ran out"),
+        (1, 60, "memory", ["--prompt", "Once upon a time"], "", "error: rank 1: memory ran out"),
+        (0, 60, "bug", ["--chat"], "Hello!\nHello!\n", "ValueError: a bug"),
+        (0, 2, "memory", ["--score", str(ROOT / "LICENSE")], "", "error: rank 0: memory ran out"),
+    ],
+)
+def test_an_error_of_one_rank_in_a_computation_ends_all(
+    tmp_path, rank, nth, error, argv, typed, said
+):
+    (tmp_path / "broken.py").write_text(BROKEN)
+    argv = [rank, nth, error, "--ckpt-dir", DEMO, *argv]
+    process = start(2, *argv, script=tmp_path / "broken.py", stdin=subprocess.PIPE)
+    _, err = process.communicate(typed, timeout=40)
+    assert process.returncode != 0
+    assert said in err
+    assert sum(line.startswith("llama3.py: error") for line in err.splitlines()) <= 1
 
 
 def children(pid):
