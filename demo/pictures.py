@@ -244,7 +244,7 @@ def table(
             dark = shares[y][x] > 0.5
             color = ("w" if dark else "k") if right[y][x] else ("#ffd9b3" if dark else ORANGE)
             weight = "normal" if right[y][x] else "bold"
-            place = {"ha": "center", "va": "center", "fontsize": 8}
+            place = {"ha": "center", "va": "center", "fontsize": 7.5}
             axes.text(x, y, text, color=color, weight=weight, **place)
     axes.set_xticks(range(len(columns)), columns, fontsize=8)
     axes.set_yticks(range(len(rows)), rows, fontsize=8)
