@@ -63,6 +63,21 @@ def random_weights(config: llama3.Config, dtype=torch.float32, seed=0) -> dict[s
     return {name: weight.to(dtype) for name, weight in weights.items()}
 
 
+def split(weights, folder, parts):
+    """Write weights as Meta does for so many ranks: fairscale's rule, written down again.
+
+    A ColumnParallelLinear and the VocabParallelEmbedding have a part of the rows, a
+    RowParallelLinear (wo and w2) of the columns. Some files have the entry "rope.freqs".
+    """
+    for part in range(parts):
+        file = {"rope.freqs": torch.ones(4)} if part % 2 == 0 else {}
+        for name, weight in weights.items():
+            dim = 1 if name.endswith(("wo.weight", "w2.weight")) else 0
+            whole = "norm" in name or name.endswith(("wo.bias", "w2.bias"))
+            file[name] = weight.clone() if whole else weight.chunk(parts, dim)[part].clone()
+        torch.save(file, folder / f"consolidated.{part:02}.pth")
+
+
 def random_tokens(config: llama3.Config, *shape: int, seed=0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, config.vocab_size, shape, generator=generator)

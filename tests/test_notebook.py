@@ -32,7 +32,7 @@ import nbformat
 import numpy as np
 import pytest
 import torch
-from conftest import DEMO, ROOT, config_of, random_weights
+from conftest import DEMO, ROOT, config_of, random_weights, split
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from nbclient import NotebookClient
@@ -498,6 +498,13 @@ def test_it_runs_on_weights_that_are_all_zero(tmp_path):
     printed = "".join(Run(tmp_path).printed.values())
     assert "✓" in printed
     assert "nan" not in printed.replace("[nan, nan, nan]", "")  # softmax without the maximum
+
+
+def test_it_runs_on_a_model_in_several_files(tmp_path, demo_weights):
+    split(demo_weights, tmp_path, 2)
+    for name in ("params.json", "tokenizer.model"):
+        shutil.copy(DEMO / name, tmp_path)
+    assert Run(tmp_path).printed["argmax"] == text_of(tagged(read(), "next-token"))
 
 
 @pytest.mark.parametrize("layer", [4, -1])

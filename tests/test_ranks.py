@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import DEMO, ROOT, apart, config_of, peak_of, random_tokens, random_weights
+from conftest import DEMO, ROOT, apart, config_of, peak_of, random_tokens, random_weights, split
 
 import checkpoint_files
 import command_line
@@ -26,21 +26,6 @@ from checkpoint_files import CheckpointError
 
 SIZES = {"dim": 64, "n_heads": 8, "n_kv_heads": 8, "n_layers": 2, "vocab_size": 1280}
 PARTS = [1, 2, 4, 8]
-
-
-def split(weights, folder, parts):
-    """Write weights as Meta does for so many ranks: fairscale's rule, written down again.
-
-    A ColumnParallelLinear and the VocabParallelEmbedding have a part of the rows, a
-    RowParallelLinear (wo and w2) of the columns. Some files have the entry "rope.freqs".
-    """
-    for part in range(parts):
-        file = {"rope.freqs": torch.ones(4)} if part % 2 == 0 else {}
-        for name, weight in weights.items():
-            dim = 1 if name.endswith(("wo.weight", "w2.weight")) else 0
-            whole = "norm" in name or name.endswith(("wo.bias", "w2.bias"))
-            file[name] = weight.clone() if whole else weight.chunk(parts, dim)[part].clone()
-        torch.save(file, folder / f"consolidated.{part:02}.pth")
 
 
 def with_biases(weights):
