@@ -606,11 +606,16 @@ def check_weights(
     return weights
 
 
+def pieces_of(weight: Any) -> list[Any]:
+    """The tensors of a weight: several, if it lies in several files and is not joined."""
+    return weight if isinstance(weight, list) else [weight]
+
+
 def why_not_finite(weights: dict[str, Any], dtype: str) -> str:
     """The reason for logits that are not finite numbers: a weight, or a type that overflows."""
     dtype = dtype.removeprefix("torch.")
-    pieces = {name: w if isinstance(w, list) else [w] for name, w in weights.items()}
-    bad = next((name for name, p in pieces.items() if not all(w.isfinite().all() for w in p)), None)
+    pieces = ((name, piece) for name, weight in weights.items() for piece in pieces_of(weight))
+    bad = next((name for name, piece in pieces if not piece.isfinite().all()), None)
     reason = f"{bad} holds NaN or infinity"
     if bad is None:
         reason = f"{dtype} overflowed on the way, although all weights are finite"

@@ -126,6 +126,11 @@ def this_rank() -> int:
     return torch.distributed.get_rank() if n_ranks() > 1 else 0
 
 
+def ranks_here() -> int:
+    """How many of them are on this machine."""
+    return in_environment("LOCAL_WORLD_SIZE", 1) if n_ranks() > 1 else 1
+
+
 def meet() -> None:
     """Meet the other ranks, if there are any. Raises UsageError if they cannot be reached."""
     rank, n = in_environment("RANK", 0), in_environment("WORLD_SIZE", 1)
@@ -487,7 +492,7 @@ def choose_device(name: str) -> torch.device:
     """
     cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
     present = [f"cuda:{i}" for i in range(cuda)] + ["mps"] * torch.backends.mps.is_available()
-    local, here = in_environment("LOCAL_RANK", 0), in_environment("LOCAL_WORLD_SIZE", 1)
+    local, here = in_environment("LOCAL_RANK", 0), ranks_here()
     if n_ranks() > 1 and name != "cpu":
         if name not in ("auto", "cuda"):
             found = f"found {name}, expected cuda or cpu where several processes compute together"
@@ -645,9 +650,7 @@ def check_files(ckpt_dir: Path) -> None:
     except CheckpointError:  # which is raised again where they are needed
         return
     sizes = {path: bytes_to_read(path) for path in paths}
-    path, size = max(sizes, key=sizes.get), sum(sizes.values())
-    if n_ranks() > 1:
-        size *= in_environment("LOCAL_WORLD_SIZE", 1)
+    path, size = max(sizes, key=sizes.get), sum(sizes.values()) * ranks_here()
     free = free_bytes(torch.device("cpu"))
     if size > free:
         raise UsageError(
@@ -714,7 +717,7 @@ def check_memory(
 
     free = free_bytes(device)
     if device.type == "cpu":  # which the ranks on this machine share
-        free /= in_environment("LOCAL_WORLD_SIZE", 1) if n_ranks() > 1 else 1
+        free /= ranks_here()
     parts = needed(prompt_tokens, 1)
     if sum(parts.values()) > free:
         found = ", ".join(f"{name} {amount(size)}" for name, size in parts.items())
@@ -878,8 +881,7 @@ def opened(args: argparse.Namespace) -> Model:
     if args.threads:
         torch.set_num_threads(args.threads)
     elif n_ranks() > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":  # which torchrun has set
-        here = in_environment("LOCAL_WORLD_SIZE", 1)
-        torch.set_num_threads(max(processors() // here, 1))
+        torch.set_num_threads(max(processors() // ranks_here(), 1))
     source = convert.open_source(ckpt_dir) if convert.is_source(ckpt_dir) else None
     if source:
         note(f"found in {ckpt_dir}: {source.found}")

@@ -56,6 +56,7 @@ from checkpoint_files import (
     opened_for_pytorch,
     out_of_memory,
     part_of_weights,
+    pieces_of,
     quoted,
     read_file,
     read_gguf,
@@ -1266,7 +1267,7 @@ def hf_config(config: llama3.Config, weights: llama3.Weights, path: Path) -> dic
         scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
         scaling |= {"original_max_position_embeddings": 8192}
     output, embeddings = (
-        [tensor.data_ptr() for tensor in llama3.Weights({name: weights[name]}).tensors()]
+        [tensor.data_ptr() for tensor in pieces_of(weights[name])]
         for name in ("output.weight", "tok_embeddings.weight")
     )
     return {
@@ -1387,8 +1388,7 @@ def to_hf(ckpt_dir: Path, out_dir: Path, progress: Progress = iter, tokenizer: b
     if settings["tie_word_embeddings"]:
         del weights["output.weight"]
     sizes = {
-        name: sum(tensor.nbytes for tensor in llama3.Weights({name: weight}).tensors())
-        for name, weight in weights.items()
+        name: sum(tensor.nbytes for tensor in pieces_of(weight)) for name, weight in weights.items()
     }
     shards, size = [[]], 0
     for name in weights:

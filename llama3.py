@@ -91,7 +91,7 @@ class Weights(dict[str, Tensor | list[Tensor]]):
 
     def tensors(self) -> list[Tensor]:
         """All of them, also those of matrices in pieces."""
-        return [t for w in self.values() for t in (w if isinstance(w, list) else [w])]
+        return [tensor for weight in self.values() for tensor in files.pieces_of(weight)]
 
 
 def weight_shapes(config: Config) -> dict[str, tuple[int, ...]]:
@@ -191,7 +191,7 @@ def embed(tokens: Tensor, weights: Weights, vocab_size: int) -> Tensor:
     if isinstance(table, Tensor) and len(table) == vocab_size:
         return table[tokens].to(dtype)
     x, first = 0, vocab_size * weights.rank // weights.n_ranks  # row of this rank, and of a piece
-    for piece in table if isinstance(table, list) else [table]:
+    for piece in files.pieces_of(table):
         here = (tokens >= first) & (tokens < first + len(piece))
         rows = piece[(tokens - first).where(here, 0)].to(dtype)
         x, first = x + rows.masked_fill(~here[..., None], 0), first + len(piece)
@@ -398,8 +398,8 @@ def new_cache(weights: Weights, config: Config, length: int, batch: Sequence[int
     norms; index 0 of the second dimension holds the keys, 1 the values.
     """
     # Not config.n_kv_heads: the weights may be a part of the model, with some of its heads.
-    wk = weights["layers.0.attention.wk.weight"]
-    n_kv_heads = sum(map(len, wk if isinstance(wk, list) else [wk])) // config.head_dim
+    wk = files.pieces_of(weights["layers.0.attention.wk.weight"])
+    n_kv_heads = sum(map(len, wk)) // config.head_dim
     shape = config.n_layers, 2, *batch, n_kv_heads, length, config.head_dim
     return weights["norm.weight"].new_zeros(shape)  # norms have the type that is computed in
 
@@ -671,7 +671,7 @@ def place_weights(
     """
     placed, copies = Weights(weights), {}  # tied weights are stored once, and are copied once
     for name in progress(weights):
-        pieces = weights[name] if isinstance(weights[name], list) else [weights[name]]
+        pieces = files.pieces_of(weights[name])
         place = tuple((p.data_ptr(), p.shape, p.stride(), p.dtype) for p in pieces)
         if place not in copies:
             mapped = device.type == "cpu" and pieces[0].dim() == 2

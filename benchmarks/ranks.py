@@ -26,8 +26,7 @@ from checkpoint_files import part_of_weights  # noqa: E402
 
 COMMON = {"vocab_size": 128256, "norm_eps": 1e-5, "rope_theta": 500000.0, "n_kv_heads": 8}
 PUBLISHED = {  # their params.json
-    "8B": {"dim": 4096, "n_layers": 32, "n_heads": 32, "multiple_of": 1024}
-    | {"ffn_dim_multiplier": 1.3},
+    "8B": SIZES["8b"][0],
     "70B": {"dim": 8192, "n_layers": 80, "n_heads": 64, "multiple_of": 4096}
     | {"ffn_dim_multiplier": 1.3},
     "405B": {"dim": 16384, "n_layers": 126, "n_heads": 128, "multiple_of": 4096}
@@ -41,7 +40,7 @@ def table() -> None:
     print("| | parameters |", " | ".join(f"R = {n}" for n in RANKS), "|")
     print("|---" * (2 + len(RANKS)) + "|")
     for name, params in PUBLISHED.items():
-        config = llama3.Config(**COMMON, **params)
+        config = llama3.Config(**COMMON | params)
         total = command_line.memory_of_rank(config, 0, 1, 1, 0)[0]
         cells = []
         for n in RANKS:

@@ -13,22 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import PARAMS_8B
 
 import checkpoint_files
 import llama3
 import tokenizer_setup
 
-PARAMS = {
-    "dim": 4096,
-    "n_layers": 32,
-    "n_heads": 32,
-    "n_kv_heads": 8,
-    "vocab_size": 128256,
-    "multiple_of": 1024,
-    "ffn_dim_multiplier": 1.3,
-    "norm_eps": 1e-05,
-    "rope_theta": 500000.0,
-}
 PROMPT = "the answer to the ultimate question of life, the universe, and everything is "
 PROMPT_TOKENS = [
     *(128000, 1820, 4320, 311, 279, 17139, 3488, 315, 2324, 11, 279, 15861, 11, 323, 4395, 374),
@@ -53,7 +43,9 @@ def why_not():
         params = json.loads((Path(CKPT_DIR) / "params.json").read_text())
     except (OSError, ValueError) as error:
         return f"LLAMA3_CKPT_DIR names a folder whose params.json cannot be read: {error}"
-    other = [key for key in PARAMS.keys() | params.keys() if params.get(key) != PARAMS.get(key)]
+    other = [
+        key for key in PARAMS_8B.keys() | params.keys() if params.get(key) != PARAMS_8B.get(key)
+    ]
     return f"LLAMA3_CKPT_DIR names another model: other {', '.join(sorted(other))}" * bool(other)
 
 
