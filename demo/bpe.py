@@ -21,7 +21,7 @@ NONE = -1  # no such token, no such place
 
 
 def split(text: str, special_tokens: Iterable[str] = ()) -> Iterator[bytes]:
-    """The pieces of `text` that merges stay inside of: cut at special tokens, then by the pattern.
+    """The parts of `text` that merges stay inside of: cut at special tokens, then by the pattern.
 
     The special tokens themselves are left out: they are never made of bytes.
     """

@@ -34,14 +34,14 @@ HERE = Path(__file__).resolve().parent
 if __name__ == "__main__":
     sys.path.append(str(HERE.parent))
 
-from command_line import label_of  # noqa: E402
+from cli.plot import label_of  # noqa: E402
 from llama3 import Config  # noqa: E402
 from tokenizer_setup import Tokenizer  # noqa: E402
 
 BLUE, ORANGE, GRAY, LIGHT = "#2f6db3", "#d9772b", "#9aa5b1", "#eef2f6"
 HIDDEN = "#d5dade"  # what a mask hides
-SHARES = {"cmap": "Blues", "norm": PowerNorm(0.5, 0, 1)}  # the root, to tell small shares apart
-SHARE_TICKS = [0, 0.1, 0.3, 0.6, 1]
+PATTERN = {"cmap": "Blues", "norm": PowerNorm(0.5, 0, 1)}  # the root, to tell small weights apart
+PATTERN_TICKS = [0, 0.1, 0.3, 0.6, 1]
 
 STYLE = {
     "axes.prop_cycle": matplotlib.cycler(color=[BLUE, ORANGE, GRAY]),
@@ -158,17 +158,17 @@ def rotations(found: Tensor, positions: Sequence[int]) -> Figure:
 
 
 def attention(
-    scores: Tensor, visible: Tensor, shares: Tensor, labels: Sequence[str], title: str
+    scores: Tensor, mask: Tensor, pattern: Tensor, labels: Sequence[str], title: str
 ) -> Figure:
-    """Scores [T, T] before the mask `visible` and after it, and shares: a row for each query."""
+    """Scores [T, T] before the mask and after it, and the pattern: a row for each query."""
     most = max(scores.float().abs().max().item(), 1e-3)
     both_ways = {"cmap": "RdBu_r", "norm": SymLogNorm(most / 20, vmin=-most, vmax=most)}
-    masked, shares = (x.float().masked_fill(~visible, math.nan) for x in (scores, shares))
+    masked, pattern = (x.float().masked_fill(~mask, math.nan) for x in (scores, pattern))
     figure, panels = figure_of(1, 3, size=(8, 4.1), sharey=True)
     for axes, matrix, name, colors in [
         (panels[0], scores, "scores", both_ways),
         (panels[1], masked, "masked", both_ways),
-        (panels[2], shares, "shares", SHARES),
+        (panels[2], pattern, "pattern", PATTERN),
     ]:
         image = axes.imshow(matrix.float().cpu().numpy(), **colors)
         axes.set_facecolor(HIDDEN)
@@ -176,7 +176,8 @@ def attention(
         axes.label_outer()
         name_tokens(axes.xaxis, labels, 1.9)
         ticks = [-most, -most / 10, 0, most / 10, most]
-        what, ticks = ("share", SHARE_TICKS) if name == "shares" else ("score", ticks)
+        weights = "attention weight", PATTERN_TICKS
+        what, ticks = weights if name == "pattern" else ("score", ticks)
         place = {"location": "bottom", "aspect": 30, "format": "%.2g"}
         figure.colorbar(image, ax=axes, label=what, ticks=ticks, **place).minorticks_off()
     name_tokens(panels[0].yaxis, labels, 1.9)
@@ -184,9 +185,9 @@ def attention(
     return figure
 
 
-def heads(shares: Tensor, labels: Sequence[str], title: str, group: int) -> Figure:
-    """What the heads look at: shares [n_heads, T, T], the first 32 of them."""
-    shown = min(len(shares), 32)
+def heads(patterns: Tensor, labels: Sequence[str], title: str, group: int) -> Figure:
+    """What the heads look at: patterns [n_heads, T, T], the first 32 of them."""
+    shown = min(len(patterns), 32)
     columns = min(shown, 4 if shown <= 8 else 8)
     rows = math.ceil(shown / columns)
     side = 7 / columns
@@ -196,33 +197,35 @@ def heads(shares: Tensor, labels: Sequence[str], title: str, group: int) -> Figu
         if head >= shown:
             axes.axis("off")
             continue
-        image = axes.imshow(shares[head].float().cpu().numpy(), **SHARES)
+        image = axes.imshow(patterns[head].float().cpu().numpy(), **PATTERN)
         axes.set(xlabel="key of token", ylabel="query of token")
         axes.set_title(f"head {head}, keys {head // group}", fontsize="small")
         if columns <= 4:
-            name_tokens(axes.xaxis, labels, side)
-            name_tokens(axes.yaxis, labels, side)
+            if head + columns >= shown:  # only the outer ones are labelled
+                name_tokens(axes.xaxis, labels, side)
+            if head % columns == 0:
+                name_tokens(axes.yaxis, labels, side)
             axes.tick_params(length=2, pad=2)
         else:
             whole_numbers(axes.xaxis, axes.yaxis)
         axes.label_outer(remove_inner_ticks=True)
     figure.suptitle(title)
     place = {"location": "bottom", "aspect": 60, "pad": 0.01}
-    figure.colorbar(image, ax=grid, label="share", ticks=SHARE_TICKS, **place)
+    figure.colorbar(image, ax=grid, label="attention weight", ticks=PATTERN_TICKS, **place)
     return figure
 
 
 def last_row(
-    shares: Tensor, names: Sequence[str], labels: Sequence[str], title: str, what: str
+    rows: Tensor, names: Sequence[str], labels: Sequence[str], title: str, what: str
 ) -> Figure:
-    """What the last token looks at: shares [rows, T], a row for each of `names`."""
+    """What the last token looks at: attention weights [rows, T], a row for each of `names`."""
     figure, axes = figure_of(size=(8, 1.6 + 0.24 * len(names)))
-    image = axes.imshow(shares.float().cpu().numpy(), aspect="auto", **SHARES)
+    image = axes.imshow(rows.float().cpu().numpy(), aspect="auto", **PATTERN)
     step = 1 + len(names) // 16
     axes.set_yticks(range(0, len(names), step), names[::step])
     name_tokens(axes.xaxis, labels)
     axes.set(title=title, xlabel="key of token", ylabel=what)
-    figure.colorbar(image, ax=axes, label="share", ticks=SHARE_TICKS)
+    figure.colorbar(image, ax=axes, label="attention weight", ticks=PATTERN_TICKS)
     return figure
 
 
@@ -315,7 +318,7 @@ def model(config: Config, n_tokens: int) -> Figure:
 
 
 def groups(config: Config, head: int) -> Figure:
-    """Which heads of queries share which head of keys and values; `head` stands out."""
+    """The query heads that share each key and value head; `head` stands out."""
     n, shared = config.n_heads, config.n_kv_heads
     title = f"Heads of queries: {n}, heads of keys and values: {shared}"
     figure, axes = _canvas(n, 3, (8, 2), title)

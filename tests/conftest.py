@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import zipfile
 from pathlib import Path
 
@@ -9,14 +10,18 @@ import pytest
 import torch
 from hypothesis import settings
 
-import command_line
 import llama3
+from cli.messages import peak_rss_bytes
 from tokenizer_setup import load_tokenizer
 
 # How many cases a property-based test tries that says nothing else: those of test_fuzz.py.
-settings.register_profile("short", max_examples=400, derandomize=True, deadline=None)
+settings.register_profile("short", max_examples=100, derandomize=True, deadline=None)
 settings.register_profile("long", max_examples=10_000, deadline=None)
 settings.load_profile("short")
+
+# The models of the tests are tiny: two threads would spend most of their time waiting.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "demo"
@@ -100,9 +105,9 @@ def compressed(path):
 def peak_of(function):
     """The bytes that became resident at most while `function` ran."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = command_line.peak_rss_bytes()
+    before = peak_rss_bytes()
     function()
-    return command_line.peak_rss_bytes() - before
+    return peak_rss_bytes() - before
 
 
 @pytest.fixture(autouse=True)

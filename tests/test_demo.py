@@ -9,7 +9,7 @@ import corpus
 import pytest
 import torch
 import train
-from conftest import DEMO, ROOT
+from conftest import DEMO
 
 import llama3
 import tokenizer_setup
@@ -50,25 +50,12 @@ def test_the_tokenizer_is_what_training_it_on_the_corpus_gives(text, tmp_path):
 # --- what the model knows -------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def figures():
-    return train.evaluate(DEMO)
-
-
-def test_the_readme_reports_the_figures_of_the_committed_checkpoint(figures):
-    readme = " ".join((ROOT / "README.md").read_text().split())
-    loss, facts, sums = figures.values()
-    stated = re.search(
-        r"held-out loss of ([\d.]+) nats per token, (\d+) of (\d+) held-out facts and "
-        r"(\d+) of (\d+) held-out sums",
-        readme,
-    )
-    assert stated, "the README does not give the figures in the expected words"
-    stated = [float(number) for number in stated.groups()]
-    assert loss == pytest.approx(stated[0], abs=0.01)
-    # another processor may round a few answers the other way
-    assert facts == pytest.approx(stated[1] / stated[2], abs=0.05)
-    assert sums == pytest.approx(stated[3] / stated[4], abs=0.05)
+def test_the_committed_checkpoint_knows_what_it_was_not_trained_on():
+    """As it did when it was made; another processor may round a few answers the other way."""
+    loss, facts, sums = train.evaluate(DEMO).values()
+    assert loss == pytest.approx(0.373, abs=0.01)
+    assert facts == pytest.approx(1, abs=0.05)
+    assert sums == pytest.approx(1, abs=0.05)
 
 
 def complete(tokens, tokenizer, weights, config):
@@ -163,7 +150,10 @@ def deterministic():
 
 
 @pytest.mark.usefixtures("deterministic")
-def test_training_lowers_the_loss_and_repeats_exactly(demo_config, demo_tokenizer, text):
+def test_training_lowers_the_loss_and_repeats_exactly(
+    demo_config, demo_tokenizer, text, monkeypatch
+):
+    monkeypatch.setattr(train, "ROWS", train.ROWS // 4)  # less to compute
     config = demo_config._replace(n_layers=1)
     documents = [train.tokens_of(demo_tokenizer, document) for document in text.train[:50]]
     first, second = (train.train(documents, config, steps=12, seed=3) for _ in range(2))

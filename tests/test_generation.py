@@ -1,15 +1,13 @@
 """Sampling and the generation loop."""
 
 import math
-import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
-import transformers
 from conftest import apart, config_of, random_tokens, random_weights
 
-import command_line
 import llama3
 
 PROBABILITIES = torch.tensor([0.1, 0.5, 0.05, 0.25, 0.1])
@@ -56,7 +54,7 @@ def test_samples_have_the_frequencies_of_the_closed_form(temperature, top_p):
         expected = [0.1 / 0.85, 0.5 / 0.85, 0, 0.25 / 0.85, 0]
     n = 100_000
     generator = torch.Generator().manual_seed(0)
-    drawn = llama3.sample(logits.expand(n, 5), llama3.Sampling(temperature, top_p), generator)
+    drawn = llama3.sample(logits.expand(n, 5), temperature, top_p, generator)
     assert drawn.shape == (n,)
     shares = (torch.bincount(drawn, minlength=5) / n).tolist()
     for share, p in zip(shares, expected, strict=True):
@@ -74,102 +72,12 @@ def test_extreme_temperatures_still_give_a_distribution(temperature):
     scores = [1e4, -1e4, 9.9e3]
     n, generator = 20_000, torch.Generator().manual_seed(0)
     logits = torch.tensor(scores).expand(n, 3)
-    drawn = llama3.sample(logits, llama3.Sampling(temperature), generator)
+    drawn = llama3.sample(logits, temperature, generator=generator)
     shares = (torch.bincount(drawn, minlength=3) / n).tolist()
     powers = [math.exp((score - 1e4) / max(temperature, 1e-9)) for score in scores]
     for share, power in zip(shares, powers, strict=True):
         p = power / sum(powers)
         assert abs(share - p) <= 5 * math.sqrt(p * (1 - p) / n)
-
-
-def test_top_k_min_p_and_the_penalty_are_their_closed_forms():
-    p = PROBABILITIES  # 0.1, 0.5, 0.05, 0.25, 0.1
-    assert llama3.top_k(p, 1).tolist() == [0, 1, 0, 0, 0]
-    assert llama3.top_k(p, 2).tolist() == pytest.approx([0, 2 / 3, 0, 1 / 3, 0])
-    equals = [0.1 / 0.95, 0.5 / 0.95, 0, 0.25 / 0.95, 0.1 / 0.95]
-    assert llama3.top_k(p, 3).tolist() == pytest.approx(equals)  # both that are third
-    assert llama3.top_k(p, 9).tolist() == pytest.approx(p.tolist())
-    assert llama3.min_p(p, 0.5).tolist() == pytest.approx([0, 2 / 3, 0, 1 / 3, 0])
-    assert llama3.min_p(p, 0.15).tolist() == pytest.approx(equals)
-    assert llama3.min_p(p, 1).tolist() == [0, 1, 0, 0, 0]
-    assert llama3.min_p(p, 0).tolist() == pytest.approx(p.tolist())
-    for keep in (lambda p: llama3.top_k(p, 2), lambda p: llama3.min_p(p, 0.5)):
-        batch = keep(torch.stack([p, p.flip(0)]))
-        assert batch[0].tolist() == pytest.approx(keep(p).tolist())
-        assert batch[1].tolist() == pytest.approx(keep(p.flip(0)).tolist())
-    seen = torch.tensor([True, True, False, False, True])
-    logits = torch.tensor([2.0, -2.0, 2.0, -2.0, 0.0])
-    assert llama3.penalized(logits, seen, 4).tolist() == [0.5, -8, 2, -2, 0]
-
-
-def test_all_of_them_together_are_those_of_transformers():
-    """In the order that is documented: penalty, temperature, top_k, top_p, min_p."""
-    generator = torch.Generator().manual_seed(0)
-    logits = 4 * torch.randn(40, 300, generator=generator)
-    prompts = torch.randint(0, 300, (40, 20), generator=generator)
-    seen = torch.zeros(40, 300, dtype=torch.bool).scatter(1, prompts, True)
-    penalty = transformers.RepetitionPenaltyLogitsProcessor(1.7)(prompts, logits)
-    assert torch.allclose(llama3.penalized(logits, seen, 1.7), penalty)
-    p = torch.softmax(logits, -1)
-    expected = torch.softmax(transformers.TopKLogitsWarper(7)(None, logits), -1)
-    assert torch.allclose(llama3.top_k(p, 7), expected)
-    expected = torch.softmax(transformers.MinPLogitsWarper(0.05)(None, logits), -1)
-    assert torch.allclose(llama3.min_p(p, 0.05), expected)
-    steps = [
-        transformers.RepetitionPenaltyLogitsProcessor(1.3),
-        transformers.TemperatureLogitsWarper(1.6),
-        transformers.TopKLogitsWarper(12),
-        transformers.TopPLogitsWarper(0.9),
-        transformers.MinPLogitsWarper(0.1),
-    ]
-    warped = logits
-    for step in steps:
-        warped = step(prompts, warped)
-    drawn_from = []
-
-    def multinomial(probabilities, *_, **__):
-        drawn_from.append(probabilities)
-        return probabilities.argmax(-1, keepdim=True)
-
-    sampling = llama3.Sampling(1.6, 0.9, top_k=12, min_p=0.1, repetition_penalty=1.3)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "multinomial", multinomial)
-        llama3.sample(logits, sampling, None, seen)
-    assert torch.allclose(drawn_from[0], torch.softmax(warped, -1), atol=1e-6)
-    assert (drawn_from[0] > 0).sum(-1).float().mean() < 11  # each takes some away
-    greedy = llama3.Sampling(repetition_penalty=1.3)
-    assert torch.equal(
-        llama3.sample(logits, greedy, None, seen), steps[0](prompts, logits).argmax(-1)
-    )
-
-
-@pytest.mark.parametrize(
-    ("name", "values"),
-    [
-        ("temperature", [-0.1, math.nan, math.inf, 1e7, 10**400, "hot", None, True, [1.0]]),
-        ("top_p", [-0.1, 1.1, math.nan, "x", None, False]),
-        ("seed", [-1, 2**63, 1.0, math.nan, "x", True]),
-        ("top_k", [-1, 1.5, math.nan, None]),
-        ("min_p", [-0.1, 1.1, math.nan, None]),
-        ("repetition_penalty", [0, -1, math.inf, math.nan, None]),
-    ],
-)
-def test_a_sampling_with_an_impossible_value_cannot_be_made(name, values):
-    for value in values:
-        for make in (llama3.Sampling, llama3.GREEDY._replace):
-            with pytest.raises(
-                ValueError, match=f"^{name}: found .*, expected a .*number from 0.* to"
-            ):
-                make(**{name: value})
-
-
-def test_a_sampling_is_a_plain_record_with_defaults_that_take_the_likeliest_token():
-    assert llama3.GREEDY == llama3.Sampling() == (0.0, 1.0, None, 0, 0.0, 1.0)
-    sampling = llama3.Sampling(0.7, seed=np.int64(3), top_p=np.float32(0.5))
-    assert sampling[:3] == (0.7, 0.5, 3)
-    assert sampling._replace(temperature=1) == llama3.Sampling(1, 0.5, 3)
-    assert [type(value) for value in sampling] == [float, float, int, int, float, float]
-    assert pickle.loads(pickle.dumps(sampling)) == sampling
 
 
 # --- generation -----------------------------------------------------------------------------------
@@ -182,6 +90,26 @@ def model(tmp_path_factory):
 
 
 PROMPT = [256, 7, 8, 9]
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """The tokens and options of each forward pass, and its logits."""
+    calls, forward = [], llama3.forward
+
+    def watching(tokens, weights, config, **options):
+        logits = forward(tokens, weights, config, **options)
+        calls.append((tokens, weights, options, logits))
+        return logits
+
+    monkeypatch.setattr(llama3, "forward", watching)
+    return calls
+
+
+def chosen_tokens(prompts, model, **options):
+    """The tokens of each step, as lists."""
+    steps = llama3.generate_batch(prompts, *model, **options)
+    return [tokens.tolist() for tokens, _ in steps]
 
 
 def test_greedy_tokens_are_those_of_the_whole_sequence_computed_anew_each_time(model):
@@ -203,8 +131,8 @@ def test_the_demos_greedy_tokens_are_the_same_with_and_without_a_cache(demo_weig
 
 def test_the_same_seed_gives_the_same_tokens_and_no_seed_different_ones(model):
     def drawn(seed):
-        sampling = llama3.Sampling(temperature=1.5, top_p=0.95, seed=seed)
-        return list(llama3.generate(PROMPT, *model, max_new_tokens=40, sampling=sampling))
+        options = {"max_new_tokens": 40, "temperature": 1.5, "top_p": 0.95, "seed": seed}
+        return list(llama3.generate(PROMPT, *model, **options))
 
     assert drawn(7) == drawn(7)
     assert len({tuple(drawn(seed)) for seed in (7, 8, None, None)}) == 4
@@ -215,14 +143,20 @@ def test_the_global_random_state_is_neither_read_nor_changed(model):
     state = torch.get_rng_state()
 
     def drawn(seed):
-        sampling = llama3.Sampling(temperature=1.0, seed=seed)
-        return list(llama3.generate(PROMPT, *model, max_new_tokens=20, sampling=sampling))
+        options = {"max_new_tokens": 20, "temperature": 1.0, "seed": seed}
+        return list(llama3.generate(PROMPT, *model, **options))
 
     first = drawn(3)
     assert drawn(None) != first
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(2)
     assert drawn(3) == first
+
+
+def test_a_small_top_p_draws_the_likeliest_token_at_any_temperature(model):
+    options = {"max_new_tokens": 20, "temperature": 3.0, "top_p": 0.0}
+    greedy = list(llama3.generate(PROMPT, *model, max_new_tokens=20))
+    assert list(llama3.generate(PROMPT, *model, **options)) == greedy
 
 
 def test_generation_ends_before_a_stop_token(model):
@@ -238,81 +172,47 @@ def test_generation_ends_before_a_stop_token(model):
 def test_generation_ends_after_max_new_tokens_or_at_the_end_of_the_context(
     model, max_new_tokens, max_seq_len, length
 ):
-    settings = {"max_new_tokens": max_new_tokens, "max_seq_len": max_seq_len}
-    assert len(list(llama3.generate(PROMPT, *model, **settings))) == length
+    weights, config = model[0], model[1]._replace(max_seq_len=max_seq_len)
+    tokens = llama3.generate(PROMPT, weights, config, max_new_tokens=max_new_tokens)
+    assert len(list(tokens)) == length
 
 
-def test_tokens_are_computed_only_when_they_are_asked_for(model, monkeypatch):
-    calls = []
-    forward = llama3.forward
-
-    def counting(tokens, *args, **kwargs):
-        calls.append(tokens.shape[-1])
-        return forward(tokens, *args, **kwargs)
-
-    monkeypatch.setattr(llama3, "forward", counting)
+def test_tokens_are_computed_only_when_they_are_asked_for(model, watched):
     tokens = llama3.generate(PROMPT, *model, max_new_tokens=10)
-    assert calls == []
-    next(tokens)
-    assert calls == [4]  # prefill: the whole prompt at once
+    assert watched == []
     next(tokens)
     next(tokens)
-    assert calls == [4, 1, 1]  # decode: one token a step
+    next(tokens)
+    lengths = [tokens.shape[-1] for tokens, *_ in watched]
+    assert lengths == [4, 1, 1]  # the whole prompt at once, then one token a step
 
 
-def test_steps_use_the_product_of_one_vector_and_the_prompt_does_not(model, monkeypatch):
-    weights, config = model
-    used, one = [], llama3.product_of_one
-    torch._C._set_mkldnn_enabled(True)  # as it is when nothing has changed it
-    monkeypatch.setattr(llama3, "product_of_one", lambda x, w: used.append(x.shape) or one(x, w))
-    tokens = llama3.generate([7], weights, config, max_new_tokens=3)
-    next(tokens)
-    assert used == []  # a prompt of one token has the bits of the whole sequence
-    next(tokens)
-    assert len(used) == 7 * config.n_layers + 1
-    assert set(used) == {(1, 1, config.dim), (1, 1, config.ffn_dim)}
-    assert torch._C._get_mkldnn_enabled()
-    with pytest.raises(RuntimeError):
-        one(torch.ones(1, 3), torch.ones(2, 4))
-    assert torch._C._get_mkldnn_enabled()
-
-
-def test_a_prompt_goes_through_in_blocks_each_against_the_keys_up_to_its_end(model, monkeypatch):
+def test_a_prompt_goes_through_in_blocks_each_against_the_keys_up_to_its_end(
+    model, watched, monkeypatch
+):
     prompt = random_tokens(model[1], 100).tolist()
     expected = list(llama3.generate(prompt, *model, max_new_tokens=20))
-    calls, seen = [], []
-    forward = llama3.forward
-
-    def watched(tokens, *args, cache, **kwargs):
-        calls.append((tokens.shape[-1], cache.shape[-2]))
-        return forward(tokens, *args, cache=cache, **kwargs)
+    watched.clear()
+    seen = []
 
     def progress(blocks):
         for block in blocks:
             seen.append(block.shape[-1])
             yield block
 
-    monkeypatch.setattr(llama3, "forward", watched)
     monkeypatch.setattr(llama3, "PREFILL_TOKENS", 30)
     tokens = llama3.generate(prompt, *model, max_new_tokens=20, progress=progress)
     assert list(tokens) == expected
+    calls = [(t.shape[-1], options["cache"].shape[-2]) for t, _, options, _ in watched]
     assert calls[:5] == [(30, 30), (30, 60), (30, 90), (10, 100), (1, 101)]
     assert len(calls) == 4 + 19  # nothing is computed that no one asks for
     assert seen == [30, 30, 30, 10]
 
 
-def test_a_step_records_no_gradients_and_sees_only_the_cache_up_to_itself(model, monkeypatch):
+def test_a_step_records_no_gradients_and_sees_only_the_cache_up_to_itself(model, watched):
     weights = {name: weight.clone().requires_grad_() for name, weight in model[0].items()}
-    seen = []
-    forward = llama3.forward
-
-    def watched(tokens, *args, cache, **kwargs):
-        logits = forward(tokens, *args, cache=cache, **kwargs)
-        seen.append((cache.shape[-2], logits.is_inference(), logits.requires_grad))
-        return logits
-
-    monkeypatch.setattr(llama3, "forward", watched)
     assert len(list(llama3.generate(PROMPT, weights, model[1], max_new_tokens=4))) == 4
+    seen = [(o["cache"].shape[-2], y.is_inference(), y.requires_grad) for _, _, o, y in watched]
     assert seen == [(length, True, False) for length in (4, 5, 6, 7)]
 
 
@@ -322,22 +222,24 @@ def test_inference_mode_does_not_leak_into_the_code_that_takes_the_tokens(model)
         assert torch.is_grad_enabled()
 
 
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"prompt_tokens": []}, "0 tokens"),
-        ({"prompt_tokens": [0] * 9000}, "9000 tokens"),
-        ({"prompt_tokens": [1280]}, "0 to 1279"),
-        ({"prompt_tokens": [-1]}, "0 to 1279"),
-        ({"max_new_tokens": -1}, "max_new_tokens"),
-        ({"max_seq_len": 0}, "4 tokens"),
-    ],
-    ids=str,
-)
-def test_arguments_out_of_range_are_refused_at_once(model, changes, says):
-    arguments = {"prompt_tokens": PROMPT, "max_new_tokens": 3} | changes
-    with pytest.raises(ValueError, match=says):
-        llama3.generate(arguments.pop("prompt_tokens"), *model, **arguments)
+def test_four_threads_at_once_have_the_tokens_of_each_alone(model):
+    """And PyTorch's switch for oneDNN, one for the whole process, stays as it was."""
+    prompts = [random_tokens(model[1], 5 + n, seed=n).tolist() for n in range(4)]
+    options = {"max_new_tokens": 40, "temperature": 0.7, "seed": 1}
+
+    def tokens_of(prompt):
+        return list(llama3.generate(prompt, *model, **options))
+
+    alone = [tokens_of(prompt) for prompt in prompts]
+    before = torch._C._get_mkldnn_enabled()
+    try:
+        for state in (True, False):
+            torch._C._set_mkldnn_enabled(state)
+            with ThreadPoolExecutor(4) as pool:
+                assert list(pool.map(tokens_of, prompts)) == alone
+            assert torch._C._get_mkldnn_enabled() == state
+    finally:
+        torch._C._set_mkldnn_enabled(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -352,23 +254,108 @@ def test_tokens_of_any_type_are_the_likeliest_of_the_whole_sequence_in_it(model,
     assert (logits.amax(-1) - chosen).max() <= allowed * logits.abs().max()
 
 
-# --- batches, log-probabilities, contexts, scores -------------------------------------------------
+# --- what it takes --------------------------------------------------------------------------------
+
+
+def test_a_prompt_is_a_sequence_of_whole_numbers_in_any_form(model):
+    expected = list(llama3.generate(PROMPT, *model, max_new_tokens=5))
+    forms = [tuple(PROMPT), torch.tensor(PROMPT), np.array(PROMPT), iter(PROMPT)]
+    forms.append([np.int32(token) for token in PROMPT])
+    for form in forms:
+        assert list(llama3.generate(form, *model, max_new_tokens=np.int64(5))) == expected
+    for stop in ([expected[2]], {expected[2]}, np.array(expected[2:]), range(expected[2], 1280)):
+        options = {"max_new_tokens": 5, "stop_tokens": stop}
+        tokens = list(llama3.generate(PROMPT, *model, **options))
+        assert tokens == expected[: len(tokens)]
+        assert len(tokens) <= 2
+
+
+def test_a_seed_is_a_whole_number_in_any_form(model):
+    options = {"max_new_tokens": 10, "temperature": 1.0}
+    expected = list(llama3.generate(PROMPT, *model, seed=7, **options))
+    assert list(llama3.generate(PROMPT, *model, seed=np.int64(7), **options)) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"prompt": []}, "the prompt's length: found 0, expected a whole number from 1 to 8192"),
+        ({"prompt": [0] * 9000}, "the prompt's length: found 9000"),
+        ({"prompt": [1280]}, "a token: found 1280, expected a whole number from 0 to 1279"),
+        ({"prompt": [-1]}, "a token: found -1"),
+        ({"prompt": [[1, 2]]}, "a token: found [1, 2]"),
+        ({"prompt": torch.ones(1, 2, dtype=torch.int64)}, "a token: found [1, 1]"),
+        ({"prompt": "Hello"}, "a token: found 'H'"),
+        ({"prompt": [1.0]}, "a token: found 1.0"),
+        ({"prompt": [True]}, "a token: found True"),
+        ({"prompt": [None]}, "a token: found None"),
+        ({"stop_tokens": "<|eot_id|>"}, "a token: found '<'"),
+        ({"stop_tokens": [None]}, "a token: found None"),
+        ({"stop_tokens": [1280]}, "a token: found 1280"),
+        ({"max_new_tokens": -1}, "max_new_tokens: found -1, expected a whole number from 0 to"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens: found 1.5"),
+        ({"max_new_tokens": None}, "max_new_tokens: found None"),
+        ({"temperature": -0.1}, "temperature: found -0.1, expected a number from 0 to 1000000"),
+        ({"temperature": math.nan}, "temperature: found nan"),
+        ({"temperature": math.inf}, "temperature: found inf"),
+        ({"temperature": 10**400}, "temperature: found 1000"),
+        ({"temperature": None}, "temperature: found None"),
+        ({"temperature": True}, "temperature: found True"),
+        ({"top_p": 1.1}, "top_p: found 1.1, expected a number from 0 to 1"),
+        ({"top_p": math.nan}, "top_p: found nan"),
+        ({"top_p": "x"}, "top_p: found 'x'"),
+        ({"seed": -1}, "seed: found -1, expected a whole number from 0 to 9223372036854775807"),
+        ({"seed": 2**63}, "seed: found 9223372036854775808"),
+        ({"seed": 1.0}, "seed: found 1.0"),
+    ],
+    ids=lambda value: str(value)[:30] if isinstance(value, dict) else "",
+)
+def test_arguments_out_of_range_are_refused_at_once(model, changes, says):
+    arguments = {"prompt": PROMPT, "max_new_tokens": 3} | changes
+    with pytest.raises(ValueError, match="found") as error:  # before a token is asked for
+        llama3.generate(arguments.pop("prompt"), *model, **arguments)
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_prompt_that_fills_the_context_is_too_long_by_one_token_more(model):
+    weights, config = model[0], model[1]._replace(max_seq_len=3)
+    with pytest.raises(ValueError, match="length: found 4, expected a whole number from 1 to 3"):
+        llama3.generate(PROMPT, weights, config, max_new_tokens=1)
+    assert list(llama3.generate(PROMPT[:3], weights, config, max_new_tokens=1)) == []
+    with pytest.raises(ValueError, match="length: found 0"):
+        llama3.generate_batch([], *model, max_new_tokens=1)
+
+
+def test_what_was_generated_stays_when_a_later_step_is_not_finite(demo_weights, demo_config):
+    """The token 46 alone has no finite embedding."""
+    changed = dict(demo_weights)
+    changed["tok_embeddings.weight"] = demo_weights["tok_embeddings.weight"].clone()
+    changed["tok_embeddings.weight"][46] = float("nan")
+    prompt = [1024, 355, 261, 32, 56, 258, 32]
+    tokens = llama3.generate(prompt, changed, demo_config, max_new_tokens=9)
+    assert [next(tokens), next(tokens)] == [338, 46]
+    with pytest.raises(FloatingPointError, match="the logits of new token 3 are not finite"):
+        next(tokens)
+
+
+# --- batches and log-probabilities ----------------------------------------------------------------
 
 
 def test_a_batch_of_unequal_prompts_has_the_tokens_of_each_alone(model):
     prompts = [random_tokens(model[1], n, seed=n).tolist() for n in (1, 9, 40, 23)]
     alone = [[*llama3.generate(p, *model, max_new_tokens=30)] for p in prompts]
-    steps = [tokens.tolist() for tokens, _ in llama3.steps(prompts, *model, max_new_tokens=30)]
+    steps = chosen_tokens(prompts, model, max_new_tokens=30)
     assert [[*row] for row in zip(*steps, strict=True)] == alone
     assert len({len(set(row)) for row in alone}) > 1
 
 
 def test_a_batch_in_blocks_is_the_same(model, monkeypatch):
     prompts = [random_tokens(model[1], n, seed=n).tolist() for n in (3, 70)]
-    expected = [t.tolist() for t, _ in llama3.steps(prompts, *model, max_new_tokens=9)]
+    expected = chosen_tokens(prompts, model, max_new_tokens=9)
     monkeypatch.setattr(llama3, "PREFILL_TOKENS", 16)
-    monkeypatch.setattr(llama3, "MOST_SCORES", 500)
-    assert [t.tolist() for t, _ in llama3.steps(prompts, *model, max_new_tokens=9)] == expected
+    monkeypatch.setattr(llama3, "SCORES_AT_ONCE", 500)
+    assert chosen_tokens(prompts, model, max_new_tokens=9) == expected
 
 
 def test_a_row_that_has_ended_gives_minus_one_until_all_have(model):
@@ -377,52 +364,133 @@ def test_a_row_that_has_ended_gives_minus_one_until_all_have(model):
     stop = [alone[0][2], alone[1][9]]
     rows = [row[: next((i for i, t in enumerate(row) if t in stop), 12)] for row in alone]
     assert len(rows[0]) == 2 < len(rows[1])
-    options = {"max_new_tokens": 12, "stop_tokens": stop}
-    steps = [tokens.tolist() for tokens, _ in llama3.steps(prompts, *model, **options)]
+    steps = chosen_tokens(prompts, model, max_new_tokens=12, stop_tokens=stop)
     first, second = zip(*steps, strict=True)
     assert [*first] == rows[0] + [-1] * (len(rows[1]) - 2)
     assert [*second] == rows[1]
 
 
-def test_a_step_gives_the_models_own_distribution(model):
+@pytest.mark.parametrize("n_vocab", [None, 1280, 700])
+def test_a_step_gives_the_models_own_distribution_over_its_whole_vocabulary(model, n_vocab):
+    """Whatever is chosen, and however many of the tokens the tokenizer has."""
     prompt = random_tokens(model[1], 12).tolist()
-    sampling = llama3.Sampling(2.0, 0.5, 1, top_k=3, min_p=0.1, repetition_penalty=2.0)
+    generator, given = torch.Generator().manual_seed(1), []
+
+    def choose(logits):
+        given.append(logits)
+        return llama3.sample(logits, 2.0, 0.5, generator)
+
     tokens = list(prompt)
-    for chosen, logprobs in llama3.steps([prompt], *model, max_new_tokens=5, sampling=sampling):
+    options = {"max_new_tokens": 5, "choose": choose, "n_vocab": n_vocab}
+    for chosen, logprobs in llama3.generate_batch([prompt], *model, **options):
         logits = llama3.forward(torch.tensor(tokens), *model)[-1]
         assert logprobs.shape == (1, model[1].vocab_size)
+        assert logprobs.dtype == torch.float32
         assert apart(logprobs[0], torch.log_softmax(logits, -1)) < 1e-5
+        assert given[-1].shape == (1, n_vocab or model[1].vocab_size)
+        assert chosen.item() < (n_vocab or model[1].vocab_size)
         tokens.append(chosen.item())
+    assert len(tokens) == 17
 
 
-def test_the_penalty_looks_at_prompt_and_completion(model, monkeypatch):
-    """Of logits that are always the same, the next best that neither has is taken each time."""
-    logits = 100 - torch.arange(model[1].vocab_size).float()
-    monkeypatch.setattr(
-        llama3, "forward", lambda tokens, *_, **__: logits.expand(len(tokens), 1, -1)
-    )
-    sampling = llama3.Sampling(repetition_penalty=100)
-    prompts = [[0, 2, 9], [1]]
-    steps = llama3.steps(prompts, *model, max_new_tokens=5, sampling=sampling)
-    rows = zip(*(tokens.tolist() for tokens, _ in steps), strict=True)
-    assert [*rows] == [(1, 3, 4, 5, 6), (0, 2, 3, 4, 5)]
-    steps = llama3.steps(prompts, *model, max_new_tokens=2)
-    assert [tokens.tolist() for tokens, _ in steps] == [[0, 0]] * 2
+def test_a_token_that_the_tokenizer_does_not_have_is_never_chosen(model):
+    first = next(llama3.generate(PROMPT, *model, max_new_tokens=1))
+    options = {"max_new_tokens": 30, "temperature": 2.0, "seed": 0, "n_vocab": first}
+    assert max(llama3.generate(PROMPT, *model, **options)) < first
+    logits = llama3.forward(torch.tensor(PROMPT), *model)[-1]
+    options = {"max_new_tokens": 1, "n_vocab": first}
+    assert [*llama3.generate(PROMPT, *model, **options)] == [logits[:first].argmax().item()]
 
 
-def test_a_context_is_gone_on_from(model, monkeypatch):
-    """What two prompts begin with is read once, and the tokens are the same."""
-    read, forward = [], llama3.forward
+# --- sessions -------------------------------------------------------------------------------------
 
-    def counting(tokens, *args, **kwargs):
-        read.append(tokens.shape[-1])
-        return forward(tokens, *args, **kwargs)
 
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 3e-5), (torch.bfloat16, 2e-2)], ids=str
+)
+def test_a_session_gives_the_logits_of_the_whole_sequence_however_it_reads_it(
+    model, dtype, tolerance
+):
+    """In one go, in blocks, token by token, and after it was led back."""
+    weights = {name: weight.to(dtype) for name, weight in model[0].items()}
+    config, tokens = model[1], random_tokens(model[1], 24)
+    whole = llama3.forward(tokens, weights, config)
+    for blocks in ([24], [10, 1, 1, 5, 7], [1] * 24):
+        session = llama3.Session(weights, config)
+        read = [session.read(block[None]) for block in tokens.split(blocks)]
+        assert apart(torch.cat(read, dim=1)[0], whole) < tolerance
+        assert torch.equal(session.tokens, tokens[None])
+    other = random_tokens(config, 30, seed=1)
+    other[:9] = tokens[:9]
+    session = llama3.Session(weights, config)
+    session.read(other[None])
+    assert session.rewind(tokens.tolist()) == 9
+    assert apart(session.read(tokens[None, 9:])[0], whole[9:]) < tolerance
+    assert session.tokens.tolist() == [tokens.tolist()]
+
+
+def test_a_step_multiplies_each_matrix_by_one_vector_and_a_prompt_by_many(model, watched):
+    """A function that is given instead of a matrix, and a matrix of another dtype, stay."""
+    function = {"output.weight": lambda x: x @ model[0]["output.weight"].T}
+    other = {"layers.0.attention.wq.weight": model[0]["layers.0.attention.wq.weight"].half()}
+    weights = model[0] | function | other
+    session = llama3.Session(weights, model[1])
+    session.read(torch.tensor([PROMPT]))
+    session.read(torch.tensor([[7]]))
+    prompt, step = (weights for _, weights, *_ in watched)
+    assert prompt is weights
+    assert step.keys() == weights.keys()
+    for name, w in weights.items():
+        if name in function | other or w.dim() == 1 or "embed" in name:
+            assert step[name] is w
+        else:
+            x = torch.linspace(-1, 1, w.shape[1])
+            assert torch.equal(step[name](x[None, None]), (w @ x)[None, None])
+
+
+def test_a_session_of_a_batch_gives_each_rows_logits(model):
+    tokens = random_tokens(model[1], 3, 12)
+    session = llama3.Session(*model, batch=3)
+    read = torch.cat([session.read(block) for block in tokens.split([7, 1, 4], dim=1)], dim=1)
+    assert apart(read, llama3.forward(tokens, *model)) < 3e-5
+    assert torch.equal(session.tokens, tokens)
+
+
+def test_rewind_keeps_what_the_prompt_begins_with_but_never_the_whole_prompt(model):
+    for prompt, kept in [
+        ([5, 6, 7, 8], 3),  # its last token is read again, for its logits
+        ([5, 6, 7, 8, 9], 4),
+        ([5, 6, 1, 8], 2),
+        ([5, 6], 1),
+        ([5], 0),
+        ([1, 6, 7], 0),
+    ]:
+        session = llama3.Session(*model)
+        session.read(torch.tensor([[5, 6, 7, 8]]))
+        assert session.rewind(prompt) == kept
+        assert session.tokens.tolist() == [[5, 6, 7, 8][:kept]]
+
+
+def test_reserve_keeps_what_was_read_and_never_makes_less_room(model):
+    tokens = random_tokens(model[1], 1, 12)
+    session = llama3.Session(*model)
+    session.read(tokens[:, :8])
+    before = session.cache[..., :8, :].clone()
+    session.reserve(500)
+    assert session.cache.shape[-2] == 500
+    assert torch.equal(session.cache[..., :8, :], before)
+    session.reserve(3)
+    assert session.cache.shape[-2] == 500
+    assert session.tokens.tolist() == tokens[:, :8].tolist()
+    assert apart(session.read(tokens[:, 8:]), llama3.forward(tokens, *model)[:, 8:]) < 3e-5
+
+
+def test_a_session_that_read_another_prompt_gives_the_tokens_of_a_fresh_one(model, watched):
+    """And what two prompts begin with is read once."""
     first = random_tokens(model[1], 50).tolist()
-    context = llama3.Context()
-    monkeypatch.setattr(llama3, "forward", counting)
-    answer = [*llama3.generate(first, *model, max_new_tokens=10, context=context)]
-    assert (sum(read), context.tokens) == (59, first + answer[:-1])
+    session = llama3.Session(*model)
+    answer = [*llama3.generate(first, *model, max_new_tokens=10, session=session)]
+    assert session.tokens.tolist() == [first + answer[:-1]]
     for prompt, new in (
         (first + answer + [7, 8, 9], 4),  # the last token of the answer was not read yet
         (first + answer + [7, 8, 9], 1),  # for the logits of the last token
@@ -430,46 +498,60 @@ def test_a_context_is_gone_on_from(model, monkeypatch):
         (first[:3], 1),
         ([9, 9], 2),
     ):
-        monkeypatch.setattr(llama3, "forward", forward)
-        expected = [*llama3.generate(prompt, *model, max_new_tokens=300)]
-        monkeypatch.setattr(llama3, "forward", counting)
-        read.clear()
-        ours = [*llama3.generate(prompt, *model, max_new_tokens=300, context=context)]
-        assert ours == expected
-        assert sum(read) == new + 299
-        context.tokens = context.tokens[: len(prompt)]
+        expected = [*llama3.generate(prompt, *model, max_new_tokens=40)]
+        watched.clear()
+        options = {"max_new_tokens": 40, "session": session}
+        assert [*llama3.generate(prompt, *model, **options)] == expected
+        assert sum(tokens.shape[-1] for tokens, *_ in watched) == new + 39
+        session.rewind([*prompt, 0])
 
 
-def test_a_context_of_a_batch_is_not_gone_on_from(model):
-    context = llama3.Context()
-    prompts = [[1, 2, 3, 4], [2, 3]]
-    [*llama3.steps(prompts, *model, max_new_tokens=2, context=context)]
-    expected = [*llama3.generate([1, 2, 3, 4, 7], *model, max_new_tokens=5)]
-    assert [
-        *llama3.generate([1, 2, 3, 4, 7], *model, max_new_tokens=5, context=context)
-    ] == expected
+def test_a_session_is_refused_for_several_prompts(model):
+    session = llama3.Session(*model)
+    with pytest.raises(ValueError, match="the session has other weights or rows"):
+        llama3.generate_batch([[1], [2]], *model, max_new_tokens=2, session=session)
+    both = llama3.Session(*model, batch=2)
+    expected = chosen_tokens([[1, 3], [2]], model, max_new_tokens=2)
+    assert chosen_tokens([[1, 3], [2]], model, max_new_tokens=2, session=both) == expected
+    with pytest.raises(
+        ValueError, match="the session has other weights or rows"
+    ):  # it has read something by now
+        llama3.generate_batch([[1, 3], [2]], *model, max_new_tokens=2, session=both)
+    with pytest.raises(ValueError, match="the session has other weights or rows"):
+        llama3.generate_batch([[1, 3]], *model, max_new_tokens=2, session=both)
 
 
-def test_a_score_is_the_log_probability_of_each_token_after_those_before(model, monkeypatch):
-    tokens = random_tokens(model[1], 70)
-    logprobs = torch.log_softmax(llama3.forward(tokens, *model), -1)
-    expected = logprobs[:-1].gather(1, tokens[1:, None])[:, 0]
-    score = command_line.scored_tokens
-    assert apart(score(tokens.tolist(), *model), expected) < 1e-5
-    assert apart(score(tokens.tolist(), *model, first=30), expected[29:]) < 1e-5
-    monkeypatch.setattr(command_line, "SCORED_LOGITS", 9 * model[1].vocab_size)
-    seen = []
+def test_a_session_can_be_read_on_after_a_generation(model):
+    """Which computes in inference mode, as the code around it does not."""
+    session = llama3.Session(*model)
+    steps = llama3.generate(PROMPT, *model, max_new_tokens=100, session=session)
+    new = [next(steps) for _ in range(3)]
+    logits = session.read(torch.tensor([[new[-1], 5]]))[0]
+    expected = llama3.forward(torch.tensor([*PROMPT, *new, 5]), *model)[-2:]
+    assert apart(logits, expected) < 3e-5
 
-    def progress(blocks):
-        seen.extend(blocks)
-        return blocks
 
-    assert apart(score(tokens.tolist(), *model, progress=progress), expected) < 1e-5
-    assert seen == [*range(0, 69, 9)]  # some rows of logits at a time
-    for bad in ([99999], [-1], "ab", [1.5]):
-        with pytest.raises(ValueError, match="the text: found"):
-            score(bad, *model)
-    with pytest.raises(ValueError, match="first: found 0, expected a whole number from 1"):
-        score([5, 6], *model, first=0)
-    assert score([5], *model).shape == (0,)
-    assert score([5, 6], *model).shape == (1,)
+def test_the_cache_grows_as_it_is_used(model, monkeypatch):
+    """By half, so that a position is copied few times; never at once to all that may be asked."""
+    lengths, reserve = [], llama3.Session.reserve
+
+    def watching(session, length):
+        if length > session.cache.shape[-2]:
+            lengths.append((session.cache.shape[-2], length))
+        reserve(session, length)
+
+    monkeypatch.setattr(llama3.Session, "reserve", watching)
+    config = model[1]._replace(n_layers=1, max_seq_len=10**6 + 1)
+    tokens = llama3.generate([1024], model[0], config, max_new_tokens=10**6)
+    for _ in range(700):
+        next(tokens)
+    assert lengths == [(0, 257), (257, 387), (387, 582), (582, 874)]
+
+
+def test_a_cache_that_grows_changes_no_token(model):
+    session = llama3.Session(*model)
+    session.reserve(500)
+    options = {"max_new_tokens": 300}
+    expected = list(llama3.generate([7, 8], *model, session=session, **options))
+    assert session.cache.shape[-2] == 500
+    assert list(llama3.generate([7, 8], *model, **options)) == expected

@@ -15,7 +15,6 @@ import pytest
 import torch
 from conftest import PARAMS_8B
 
-import checkpoint_files
 import llama3
 import tokenizer_setup
 
@@ -63,8 +62,7 @@ def weights(config):
 
 
 def test_the_file_holds_the_weights_by_name_in_their_order_with_their_shapes(config):
-    (path,) = checkpoint_files.find_weights(CKPT_DIR)
-    content = checkpoint_files.content_of_weights(path, torch.load)
+    (content,) = llama3.map_files(CKPT_DIR)
     shapes = {name: tuple(weight.shape) for name, weight in content.items()}
     assert list(shapes.items()) == list(llama3.weight_shapes(config).items())
     assert {weight.dtype for weight in content.values()} == {torch.bfloat16}

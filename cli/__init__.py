@@ -1,0 +1,1 @@
+"""The command, `python llama3.py --prompt TEXT`: a file for each use, and what they share."""

@@ -1,0 +1,55 @@
+"""Models as people have them: Meta's folders, Hugging Face's, and GGUF files.
+
+source = formats.open("Qwen2-0.5B")  # nothing is written, and what can be is mapped
+weights, tokenizer = source.load_weights(), source.tokenizer()
+logits = llama3.forward(tokens, weights, source.config)
+"""
+
+import os
+from pathlib import Path
+
+from formats.errors import CheckpointError, describe_file, one_line, out_of_memory, read_file
+from formats.gguf import open_gguf
+from formats.huggingface import open_huggingface
+from formats.meta import open_meta
+from formats.source import Source
+
+__all__ = ["CheckpointError", "Source", "open"]
+
+
+def _open(path: Path) -> Source:
+    if os.path.isfile(path):  # unlike Path's, False for a name that is too long
+        head = read_file(path, 4096)
+        if head.startswith(b"GGUF"):
+            return open_gguf(path)
+        found = describe_file(head) or "a file of another kind"
+        raise CheckpointError(path, f"found {found}, expected a GGUF file or a model's folder")
+    if os.path.isdir(path) and not (path / "params.json").exists():
+        files = sorted(file for file in path.glob("*.gguf") if file.is_file())
+        weights = [*path.glob("*.safetensors*"), *path.glob("pytorch_model*")]
+        if files and not weights:
+            if len(files) > 1:
+                names = one_line(", ".join(file.name for file in files), 100)
+                raise CheckpointError(path, f"found several GGUF files ({names}); name one of them")
+            return open_gguf(files[0])
+        if (path / "config.json").is_file():
+            return open_huggingface(path)
+    return open_meta(path)
+
+
+def open(path: str | os.PathLike) -> Source:
+    """The model at `path`: a folder of Meta's or of Hugging Face's, or a GGUF file or its folder.
+
+    Raises CheckpointError for what is not a whole model of a known family.
+    """
+    try:
+        return _open(Path(path))
+    except CheckpointError:
+        raise
+    except ImportError as error:
+        problem = f"reading it needs a package: pip install {error.name}"
+        raise CheckpointError(path, problem) from None
+    except Exception as error:  # what is in files may have any form
+        if out_of_memory(error):
+            raise
+        raise CheckpointError(path, f"cannot be used: {error!r}") from error

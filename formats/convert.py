@@ -1,0 +1,245 @@
+"""Write a model of any kind as Meta's files, or Meta's as a Hugging Face folder.
+
+python -m formats.convert SOURCE OUT_DIR
+python -m formats.convert --to-hf CKPT_DIR HF_DIR
+"""
+
+import argparse
+import base64
+import contextlib
+import functools
+import json
+import math
+import os
+import re
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import formats
+import llama3
+import tokenizer_setup
+from formats.errors import CheckpointError, one_line, out_of_memory, say
+from formats.huggingface import BIASES_QKV, HF_KEYS, to_hf_name
+from formats.source import Source, join, pairs_half_a_head_apart
+from formats.text import BYTE_OF
+
+Progress = Callable[[Iterable[str]], Iterable[str]]
+# Meta's own multiple_of and ffn_dim_multiplier, so that a params.json is as Meta's: no ffn_dim.
+FFN_FORMULAS = ((256, None), (256, 1.5), (4096, 1.3), (1024, 1.3), (4096, 1.2))
+SHARD_BYTES = 2**31  # of one safetensors file, as it is in memory while it is written
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|start_header_id|>"
+    "{{ 'ipython' if message['role'] == 'tool' else message['role'] }}<|end_header_id|>\n\n"
+    "{{ message['content'] }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+
+
+def params_of(config: llama3.Config) -> dict[str, object]:
+    """The params.json of a config: what follows from the rest is left out."""
+    params = config._asdict() | {"use_scaled_rope": config.rope_scaling_factor is not None or None}
+    for multiple_of, multiplier in FFN_FORMULAS:
+        meta = {"multiple_of": multiple_of, "ffn_dim_multiplier": multiplier, "ffn_dim": None}
+        if llama3.config_from_params(params | meta) == config:
+            params |= meta
+            break
+    for key in ("head_dim", "max_seq_len"):
+        if llama3.config_from_params(params | {key: None}) == config:
+            params[key] = None
+    return {key: value for key, value in params.items() if value is not None}
+
+
+def refuse_existing(path: Path) -> None:
+    """Raise CheckpointError if there is something at `path` but an empty folder."""
+    if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
+        raise CheckpointError(path, "already exists and is not overwritten; choose a new folder")
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to write to, which becomes `path` when all is written, and is gone if it is not."""
+    refuse_existing(path)
+    path = Path(os.path.realpath(path))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name[:99]}.", dir=path.parent) as made:
+            folder = Path(made) / "new"
+            folder.mkdir()
+            yield folder
+            os.replace(folder, path)
+    except Exception as error:  # a library that cannot write a file raises what it likes
+        if out_of_memory(error):
+            raise
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise CheckpointError(path, f"cannot be written: {reason}") from None
+
+
+def to_meta(
+    source: Source, out_dir: Path, progress: Progress = iter, tokenizer: bool = True
+) -> None:
+    """Write a model as Meta's files; what is not mapped is in memory all at once.
+
+    Other families than Llama 3 have a tokenizer_setup.json too. Raises CheckpointError.
+    """
+    if source.config.rope_divisors:
+        raise CheckpointError(source.path, "params.json cannot say how its RoPE is scaled")
+    files = {"params.json": json.dumps(params_of(source.config)) + "\n"}
+    if tokenizer:
+        source.tokenizer()  # or it is refused now
+        ranks, text_format = source.vocabulary()
+        ordered = sorted(ranks, key=ranks.get)
+        lines = (f"{base64.b64encode(token).decode()} {ranks[token]}\n" for token in ordered)
+        files["tokenizer.model"] = "".join(lines)
+        if text_format != tokenizer_setup.llama3_format(len(ranks)):
+            setup = json.dumps(text_format._asdict(), indent=1)
+            files["tokenizer_setup.json"] = setup + "\n"
+    weights = {}
+    for name in progress(source.stored):
+        w = join(source.stored[name].parts(), llama3.split_axis(name)).contiguous()
+        # torch.save would write all that a view is a view of, but for one that NumPy gives back.
+        own = torch.from_numpy(w.flatten().view(torch.uint8).numpy())
+        weights[name] = own.view(w.dtype).view(w.shape)
+    weights.setdefault("output.weight", weights["tok_embeddings.weight"])
+    with new_folder(out_dir) as folder:
+        for name, content in files.items():
+            (folder / name).write_text(content)
+        torch.save(weights, folder / "consolidated.00.pth")
+
+
+def hf_config(source: Source) -> dict[str, object]:
+    """The config.json of a LlamaForCausalLM. Raises CheckpointError for what it cannot say."""
+    config, biases = source.config, [name for name in source.stored if name.endswith(".bias")]
+    kinds = {re.sub(r"^layers\.\d+\.|\.bias$", "", name) for name in biases}
+    known = kinds in (set(), BIASES_QKV | {"attention.wo"})
+    if config.rope_divisors or not known or len(biases) != len(kinds) * config.n_layers:
+        found = "rope_divisors" if config.rope_divisors else ", ".join(sorted(kinds))
+        problem = f"found {found}, which Hugging Face's Llama does not have"
+        raise CheckpointError(source.path, f"{problem}; expected a Llama model")
+    scaling = {"rope_type": "llama3", "factor": config.rope_scaling_factor, "low_freq_factor": 1.0}
+    scaling |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    dtype = source.stored["tok_embeddings.weight"].dtype
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **{key: getattr(config, name) for name, key in HF_KEYS.items()},
+        "rope_theta": config.rope_theta,
+        "rope_scaling": scaling if config.rope_scaling_factor else None,
+        "attention_bias": bool(kinds),
+        "tie_word_embeddings": "output.weight" not in source.stored,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def write_tokenizer(path: Path, ranks: dict[bytes, int], special: dict[str, int]) -> None:
+    """Write Llama 3's tokenizer.json: tiktoken's merges are all cuts of a token in two."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    character_of = {byte: character for character, byte in BYTE_OF.items()}
+    spelled = {token: "".join(character_of[byte] for byte in token) for token in ranks}
+    merges = []
+    for token in sorted(ranks, key=ranks.get):
+        cuts = [(token[:i], token[i:]) for i in range(1, len(token))]
+        cuts = [cut for cut in cuts if cut[0] in ranks and cut[1] in ranks]
+        cuts.sort(key=lambda cut: (ranks[cut[0]], ranks[cut[1]]))
+        merges += [(spelled[left], spelled[right]) for left, right in cuts]
+    vocab = {spelled[token]: rank for token, rank in ranks.items()}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
+    tokenizer.add_special_tokens(sorted(special, key=special.get))  # their ids follow
+    split = pre_tokenizers.Split(Regex(tokenizer_setup.SPLIT_PATTERN), "isolated")
+    in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, in_bytes])
+    tokenizer.decoder = decoders.ByteLevel()
+    begin, first = "<|begin_of_text|>", special["<|begin_of_text|>"]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A", pair=f"{begin} $A {begin} $B", special_tokens=[(begin, first)]
+    )
+    tokenizer.save(str(path))
+
+
+def to_hf(source: Source, out_dir: Path, progress: Progress = iter, tokenizer: bool = True) -> None:
+    """Write a Llama model, with its tokenizer or without. Raises CheckpointError."""
+    from safetensors.torch import save_file
+
+    files = {"config.json": hf_config(source)}
+    if tokenizer:
+        ranks, text_format = source.vocabulary()
+        if text_format != tokenizer_setup.llama3_format(len(ranks)):
+            problem = "its tokenizer is not Llama 3's; leave it out with --no-tokenizer"
+            raise CheckpointError(source.path, problem)
+        special = text_format.special_tokens
+        ends = sorted(special[name] for name in text_format.stop)
+        ids = {"bos_token_id": special["<|begin_of_text|>"], "eos_token_id": ends}
+        files = {"config.json": files["config.json"] | ids, "generation_config.json": ids}
+        files["tokenizer_config.json"] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<|begin_of_text|>",
+            "eos_token": "<|end_of_text|>",
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": source.config.max_seq_len,
+            "chat_template": CHAT_TEMPLATE,
+        }
+    sizes = {n: math.prod(s.shape) * s.dtype.itemsize for n, s in source.stored.items()}
+    with new_folder(out_dir) as folder:
+        tensors, places, file, held = {}, {}, "model-00001.safetensors", 0
+        for name in progress(source.stored):
+            if held and held + sizes[name] > SHARD_BYTES:
+                save_file(tensors, folder / file, metadata={"format": "pt"})
+                tensors, held, file = {}, 0, f"model-{int(file[6:11]) + 1:05}.safetensors"
+            w = join(source.stored[name].parts(), llama3.split_axis(name))
+            if re.search(r"attention\.w[qk]\.", name):
+                w = pairs_half_a_head_apart(w, source.config.head_dim)
+            tensors[to_hf_name(name)] = w.contiguous().clone()  # safetensors refuses views
+            places[to_hf_name(name)], held = file, held + sizes[name]
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        if len({*places.values()}) == 1:
+            (folder / file).rename(folder / "model.safetensors")
+        else:
+            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+            files["model.safetensors.index.json"] = index
+        for name, content in files.items():
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+        if tokenizer:
+            write_tokenizer(folder / "tokenizer.json", ranks, special)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status, 2 if the input was bad."""
+    parser = argparse.ArgumentParser(
+        prog="python -m formats.convert",
+        description="Write a model of any kind as Meta's files, or as a Hugging Face folder. "
+        "Weights keep their type; those of a quantized GGUF file become bfloat16.",
+    )
+    parser.add_argument("source", type=Path, help="folder or GGUF file", metavar="SOURCE")
+    parser.add_argument("out_dir", type=Path, help="new folder to write", metavar="OUT_DIR")
+    parser.add_argument("--to-hf", action="store_true", help="write a Hugging Face folder")
+    parser.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer out")
+    args = parser.parse_args(argv)
+    quiet = True if sys.stderr is None else None  # None: unless it is a terminal
+    progress = functools.partial(tqdm, disable=quiet, desc="writing", unit=" tensors", leave=False)
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left behind
+    try:
+        refuse_existing(args.out_dir)
+        source = formats.open(args.source)
+        say(f"convert: found {source.found}")
+        write = to_hf if args.to_hf else to_meta
+        write(source, args.out_dir, progress, not args.no_tokenizer)
+        say(f"convert: wrote {args.out_dir}")
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if not (isinstance(error, CheckpointError | OSError) or out_of_memory(error)):
+            raise
+        say(f"convert: error: {one_line(error, 1000)}")
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

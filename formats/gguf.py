@@ -1,0 +1,191 @@
+"""GGUF files, llama.cpp's (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
+
+The header is not left to the gguf package, which takes twenty times as long for a vocabulary.
+"""
+
+import functools
+import math
+import mmap
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from formats.errors import CheckpointError, describe_file, one_line, read_file, refuse
+from formats.huggingface import scaling_params
+from formats.source import KEYS, NAMES, Source, Stored, config_of, in_metas_order, renamed, summary
+from formats.text import gguf_vocabulary
+
+GGUF_NAMES = {metas: there for metas, (_, there) in NAMES.items()}
+METAS_NAMES = {there: metas for metas, there in GGUF_NAMES.items()}
+to_metas_name = functools.partial(renamed, names=METAS_NAMES, layers="layers")
+to_gguf_name = functools.partial(renamed, names=GGUF_NAMES, layers="blk")
+GGUF_KEYS = {metas: there for metas, (_, there) in KEYS.items()} | {"rope_theta": "rope.freq_base"}
+DTYPES = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}  # those that are mapped
+DEQUANTIZED_AT_ONCE = 2**22  # elements
+
+
+_SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+Fields = dict[str, Any]
+Places = dict[str, tuple[tuple[int, ...], int, int]]  # a tensor's shape, type, place in the file
+
+
+class _Reader:
+    """A place in the bytes of a file, from where values are read one after the other."""
+
+    def __init__(self, content: mmap.mmap) -> None:
+        self.content, self.at = content, 4
+
+    def take(self, size: int) -> bytes:
+        if size > min(len(self.content) - self.at, 2**24):  # no text or list is so long
+            raise ValueError(f"a value of {size} bytes in its header, at {self.at}")
+        self.at += size
+        return self.content[self.at - size : self.at]
+
+    def numbers(self, kind: str, count: int = 1) -> tuple[Any, ...]:
+        return struct.unpack(f"<{count}{kind}", self.take(count * struct.calcsize(kind)))
+
+    def text(self) -> str:
+        return self.take(self.numbers("Q")[0]).decode(errors="replace")
+
+    def value(self) -> Any:
+        kind, count = self.numbers("I")[0], None
+        if kind == _ARRAY:
+            kind, count = *self.numbers("I"), *self.numbers("Q")
+        if kind != _STRING and kind not in _SCALARS:
+            raise ValueError(f"found a value of the unknown type {kind}")
+        if kind == _STRING:
+            return self.text() if count is None else [self.text() for _ in range(count)]
+        numbers = self.numbers(_SCALARS[kind], 1 if count is None else count)
+        return numbers[0] if count is None else [*numbers]
+
+
+def read_header(path: Path, sizes: dict[int, tuple[int, int]]) -> tuple[Fields, Places]:
+    """The fields and tensors in a GGUF file; sizes: elements and bytes of a block, by type."""
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            reader = _Reader(data)
+            version, n_tensors, n_fields = *reader.numbers("I"), *reader.numbers("Q", 2)
+            if data[:4] != b"GGUF" or version not in (2, 3):
+                raise ValueError(f"found version {version}, expected GGUF of version 2 or 3")
+            fields = {}
+            for _ in range(n_fields):
+                key = reader.text()
+                fields[key] = reader.value()
+            tensors = {}
+            for _ in range(n_tensors):
+                name, n_dims = reader.text(), reader.numbers("I")[0]
+                shape = reader.numbers("Q", min(n_dims, 9))[::-1]
+                tensors[name] = (shape, *reader.numbers("I"), *reader.numbers("Q"))
+            alignment = fields.get("general.alignment", 32)
+            if type(alignment) is not int or alignment < 8 or alignment % 8:
+                raise ValueError(f"general.alignment is {alignment}")
+            start = math.ceil(reader.at / alignment) * alignment
+            for name, (shape, kind, offset) in tensors.items():
+                block, block_bytes = sizes.get(kind, (0, 0))
+                if not (block and math.prod(shape)) or shape[-1] % block or offset % alignment:
+                    raise ValueError(f"{one_line(name, 80)}: shape {[*shape]}, offset {offset}")
+                end = start + offset + math.prod(shape) // block * block_bytes
+                if end > len(data):
+                    raise ValueError(f"{one_line(name, 80)} ends at {end}, the file at {len(data)}")
+                tensors[name] = shape, kind, start + offset
+    except (OSError, ValueError, TypeError, IndexError) as error:
+        looks = describe_file(read_file(path, 4096))
+        found = one_line(error) if looks in ("", "a GGUF file") else f"found {looks}"
+        problem = f"not a whole GGUF file: {found}; download it again"
+        raise CheckpointError(path, problem) from None
+    return fields, tensors
+
+
+def dequantized(raw: np.ndarray, kind: Any, shape: tuple[int, ...]) -> Tensor:
+    """A bfloat16 copy of quantized rows, some of them at a time."""
+    import gguf
+
+    tensor = torch.empty(shape, dtype=torch.bfloat16)
+    rows, flat = max(DEQUANTIZED_AT_ONCE // shape[-1], 1), tensor.view(-1, shape[-1])
+    for start in range(0, len(flat), rows):
+        with np.errstate(all="ignore"):  # infinite scales are found when they are computed with
+            part = gguf.quants.dequantize(raw[start : start + rows], kind)
+        flat[start : start + rows] = torch.from_numpy(part)
+    return tensor
+
+
+def gguf_tensors(path: Path, places: Places) -> dict[str, Stored]:
+    """All tensors of a GGUF file, under the names there. Raises CheckpointError."""
+    import gguf
+
+    content = np.memmap(path, mode="c")  # a copy where written to: never
+
+    def entry(name: str, shape: tuple[int, ...], number: int, start: int) -> Stored:
+        kind, dtype = gguf.GGMLQuantizationType(number), DTYPES.get(number)
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        raw = content[start : start + math.prod(shape) // block * block_bytes]
+        if dtype is not None:
+            mapped = torch.from_numpy(raw).view(dtype).view(shape)
+            return Stored(shape, dtype, lambda: [mapped], stored_as=kind.name)
+        try:
+            gguf.quants.dequantize(np.zeros((1, block_bytes), dtype=np.uint8), kind)
+        except NotImplementedError:
+            expected = "F32, F16, BF16 or a type that the gguf package dequantizes"
+            problem = f"{one_line(name, 80)} is of type {kind.name}, expected {expected}"
+            raise CheckpointError(path, problem) from None
+        rows = raw.reshape(-1, shape[-1] // block * block_bytes)
+        load = functools.partial(dequantized, rows, kind, shape)
+        return Stored(shape, torch.bfloat16, lambda: [load()], is_copy=True, stored_as=kind.name)
+
+    return {name: entry(name, *place) for name, place in places.items()}
+
+
+def gguf_params(path: Path, fields: Fields, tensors: dict[str, Stored]) -> dict[str, object]:
+    """Return a GGUF file's constants as params.json has them. CheckpointError names the key."""
+    family = fields.get("general.architecture")
+    if family not in ("llama", "qwen2"):
+        refuse(path, "general.architecture", family, "llama or qwen2")
+    if fields.get("split.count", 1) not in (0, 1):
+        refuse(path, "split.count", fields["split.count"], "a model in a single file")
+    if "token_embd.weight" not in tensors:
+        raise CheckpointError(path, "token_embd.weight is missing, expected [vocab_size, dim]")
+    of_family = {key.removeprefix(f"{family}."): value for key, value in fields.items()}
+    params = {metas: of_family.get(key) for metas, key in GGUF_KEYS.items()}
+    params["norm_eps"] = float(f"{params['norm_eps'] or 0:.7g}")  # it was a float32
+    params["rope_theta"] = params["rope_theta"] or 10000.0
+    params["vocab_size"] = tensors["token_embd.weight"].shape[0]
+    head_dim = config_of(path, params, GGUF_KEYS).head_dim
+    only = {
+        "rope.dimension_count": head_dim,
+        "attention.value_length": head_dim,
+        "rope.scaling.type": "none",
+        "rope.scale_linear": 1,
+        "attention.causal": True,
+        "vocab_size": params["vocab_size"],
+    }
+    for key, allowed in only.items():
+        if of_family.get(key, allowed) != allowed:
+            refuse(path, key, of_family[key], f"{allowed}")
+    if "rope_freqs.weight" in tensors:
+        divisors = tensors["rope_freqs.weight"].parts()[0].double()
+        if divisors.shape != (head_dim // 2,) or not (divisors.isfinite() & (divisors > 0)).all():
+            raise CheckpointError(path, f"rope_freqs.weight: expected {head_dim // 2} divisors")
+        params |= scaling_params(divisors, params["rope_theta"], head_dim)
+    return params
+
+
+def open_gguf(path: Path) -> Source:
+    """A GGUF file. Raises CheckpointError."""
+    from gguf import GGML_QUANT_SIZES
+
+    fields, places = read_header(path, GGML_QUANT_SIZES)
+    tensors = gguf_tensors(path, places)
+    config = config_of(path, gguf_params(path, fields, tensors), GGUF_KEYS)
+    family = fields["general.architecture"]
+    if family == "qwen2" and "blk.0.attn_q.bias" not in tensors:
+        raise CheckpointError(path, "blk.0.attn_q.bias is missing, which a qwen2 model has")
+    tied, reorder = "output.weight" not in tensors, family == "qwen2"
+    tensors.pop("rope_freqs.weight", None)
+    stored = in_metas_order(path, config, tensors, to_metas_name, to_gguf_name, tied, reorder)
+    found = summary(f"GGUF, {family}", config, stored)
+    return Source(path, found, config, stored, lambda: gguf_vocabulary(path, fields))
