@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from run import SIZES, make_checkpoint, processor, prompt_of
 
-import command_line
 import llama3
+from cli.products import compiled_products
 
 TURNS = 7
 
@@ -34,12 +34,12 @@ def main() -> None:
             plain = llama3.load_weights(folder, config, dtype=dtype)
             for name, weights in (
                 ("without compiling", plain),
-                ("compiled products", command_line.compiled_products(plain)),
+                ("compiled products", {**plain, **compiled_products(plain)}),
             ):
 
                 def seconds(prompts: list[list[int]], weights: llama3.Weights = weights) -> float:
                     start = time.perf_counter()
-                    for _ in llama3.steps(prompts, weights, config, max_new_tokens=32):
+                    for _ in llama3.generate_batch(prompts, weights, config, max_new_tokens=32):
                         pass
                     return time.perf_counter() - start
 

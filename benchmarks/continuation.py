@@ -29,10 +29,10 @@ def seconds(function, *arguments) -> float:
     return time.perf_counter() - start
 
 
-def copying(q, k, v, visible):
+def copying(q, k, v, mask):
     """The same after every query head has been given keys and values of its own."""
     k, v = llama3.repeat_heads(k, GROUP), llama3.repeat_heads(v, GROUP)
-    return llama3.grouped_query_attention(q, k, v, visible)
+    return llama3.grouped_query_attention(q, k, v, mask)
 
 
 @torch.inference_mode()
@@ -45,8 +45,8 @@ def main() -> None:
                 q = torch.randn(N_KV_HEADS * GROUP, T, HEAD_DIM).to(dtype)
                 cache = torch.randn(2, N_KV_HEADS, length + 128, HEAD_DIM).to(dtype)
                 k, v = cache[..., :length, :]
-                visible = torch.arange(length) <= torch.arange(length - T, length)[:, None]
-                inputs = q, k, v, visible
+                mask = torch.arange(length) <= torch.arange(length - T, length)[:, None]
+                inputs = q, k, v, mask
                 pairs = [
                     (seconds(llama3.grouped_query_attention, *inputs), seconds(copying, *inputs))
                     for _ in range(TURNS + 2)

@@ -8,6 +8,7 @@ and make 32 tokens. Printed is the rank that took most.
 """
 
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -20,9 +21,10 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from run import SIZES, make_checkpoint, processor, prompt_of  # noqa: E402
 
-import command_line  # noqa: E402
+import formats  # noqa: E402
 import llama3  # noqa: E402
-from checkpoint_files import part_of_weights  # noqa: E402
+from cli import ranks  # noqa: E402
+from cli.messages import peak_rss_bytes  # noqa: E402
 
 COMMON = {"vocab_size": 128256, "norm_eps": 1e-5, "rope_theta": 500000.0, "n_kv_heads": 8}
 PUBLISHED = {  # their params.json
@@ -35,43 +37,55 @@ PUBLISHED = {  # their params.json
 RANKS, LENGTH = (1, 2, 4, 8, 16), 8192
 
 
+def memory_of_rank(config: llama3.Config, rank: int, n: int, length: int) -> tuple[int, int]:
+    """The bytes of a rank's part of the weights, and of its cache for `length` positions."""
+    span, elements = ranks.span_of(config, rank, n), 0
+    for name, shape in llama3.weight_shapes(config).items():
+        axis = llama3.split_axis(name) or 0
+        begin, end = span(name, shape[axis])
+        elements += math.prod(shape) // shape[axis] * (end - begin)
+    part = ranks.part_of(config, n)
+    cache = 2 * part.n_layers * part.n_kv_heads * part.head_dim * length
+    return 2 * elements, 2 * cache  # in bfloat16
+
+
 def table() -> None:
-    """The table of the README: GB of weights and of the cache, in bfloat16, on each rank."""
+    """The table of docs/processes.md: GB of weights and of the cache, in bfloat16, on each rank."""
     print("| | parameters |", " | ".join(f"R = {n}" for n in RANKS), "|")
     print("|---" * (2 + len(RANKS)) + "|")
     for name, params in PUBLISHED.items():
-        config = llama3.Config(**COMMON | params)
-        total = command_line.memory_of_rank(config, 0, 1, 1, 0)[0]
+        config = llama3.config_from_params(COMMON | params)
+        total = memory_of_rank(config, 0, 1, 0)[0] / 2
         cells = []
         for n in RANKS:
-            sizes = [command_line.memory_of_rank(config, r, n, 2, LENGTH) for r in range(n)]
-            weights, cache = max(sizes)
+            weights, cache = max(memory_of_rank(config, rank, n, LENGTH) for rank in range(n))
             cells.append(f"{weights / 1e9:.1f} + {cache / 1e9:.2f}")
         print(f"| {name} | {total / 1e9:.1f} billion |", " | ".join(cells), "|")
 
 
 def split(folder: Path, parts: int, into: Path) -> None:
     """The checkpoint in `folder` as Meta's files for so many ranks."""
-    config = llama3.load_config(folder)
-    whole, shapes = [dict(llama3.map_weights(folder, config))], llama3.weight_shapes(config)
+    config, [whole] = llama3.load_config(folder), llama3.map_files(folder)
     (into / "params.json").write_text((folder / "params.json").read_text())
     for part in range(parts):
-        weights = part_of_weights(whole, shapes, config.head_dim, part, parts)
-        weights = {name: weight.clone() for name, weight in weights.items()}
+        weights = {}
+        for name in llama3.weight_shapes(config):
+            axis = llama3.split_axis(name)
+            shards = [whole[name]] * parts if axis is None else whole[name].chunk(parts, axis)
+            weights[name] = shards[part].clone()
         torch.save(weights, into / f"consolidated.{part:02}.pth")
 
 
 def as_rank(folder: str) -> None:
     """What each process does."""
-    command_line.meet()
-    rank, n_ranks = command_line.this_rank(), command_line.n_ranks()
-    config, start = llama3.load_config(folder), time.perf_counter()
-    mapped = llama3.map_weights(folder, config, rank, n_ranks)
-    device = torch.device("cpu")
-    weights = llama3.place_weights(mapped, device, llama3.default_dtype(mapped, device))
-    share = command_line.memory_of_rank(config, rank, n_ranks, 2, 0)[0]
-    del mapped
-    times = [time.perf_counter()]
+    ranks.meet()
+    rank, n = ranks.this_rank(), ranks.n_ranks()
+    start = time.perf_counter()
+    source = formats.open(folder)
+    weights = source.load_weights(span=ranks.span_of(source.config, rank, n))
+    weights = ranks.connected(weights, source.config, rank, n)
+    share = memory_of_rank(source.config, rank, n, 0)[0]
+    config, times = ranks.part_of(source.config, n), [time.perf_counter()]
     prompt = prompt_of(128, config.vocab_size)
     for _ in llama3.generate(prompt, weights, config, max_new_tokens=32):
         times.append(time.perf_counter())
@@ -79,10 +93,10 @@ def as_rank(folder: str) -> None:
         "load_s": times[0] - start,
         "prefill_s": times[1] - times[0],
         "token_ms": 1000 * (times[-1] - times[1]) / (len(times) - 2),
-        "peak_gb": command_line.peak_rss_bytes() / 1e9,
-        "over_share_gb": (command_line.peak_rss_bytes() - share) / 1e9,
+        "peak_gb": peak_rss_bytes() / 1e9,
+        "over_share_gb": (peak_rss_bytes() - share) / 1e9,
     }
-    of_all = command_line.gathered(found)
+    of_all = ranks.gathered(found)
     if rank == 0:
         print(json.dumps({name: max(other[name] for other in of_all) for name in found}))
 

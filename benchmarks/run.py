@@ -26,10 +26,9 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-import checkpoint_files  # noqa: E402
-import command_line  # noqa: E402
-import convert  # noqa: E402
 import llama3  # noqa: E402
+from cli.products import compiled_products  # noqa: E402
+from formats.gguf import to_gguf_name  # noqa: E402
 
 ROPE = {"norm_eps": 1e-05, "rope_theta": 500000.0}
 SIZES = {  # params.json, and the contexts at which decoding is measured
@@ -85,9 +84,7 @@ def finished(device: torch.device) -> None:
 
 def ours(weights: llama3.Weights, config: llama3.Config) -> Contestant:
     device = weights["norm.weight"].device
-    caches = {}
-    decoding = llama3.Weights(weights)  # as llama3.generate does it
-    decoding.one_token = weights.one_token or llama3.product_of_one
+    sessions = {}
 
     def prefill(n: int) -> None:
         prompt = prompt_of(n, config.vocab_size)
@@ -96,14 +93,16 @@ def ours(weights: llama3.Weights, config: llama3.Config) -> Contestant:
 
     @torch.inference_mode()
     def decode(length: int, n: int) -> None:
-        if length not in caches:
-            caches[length] = llama3.new_cache(weights, config, length + 256).normal_()
-        token = torch.tensor([7], device=device)
-        for end in range(length + 1, length + 1 + n):
-            positions = torch.arange(end - 1, end, device=device)
-            seen = caches[length][..., :end, :]
-            logits = llama3.forward(token, decoding, config, positions=positions, cache=seen)
-            checkpoint_files.check_finite(logits, weights, end)
+        if length not in sessions:
+            sessions[length] = llama3.Session(weights, config)
+            sessions[length].reserve(length + 256)
+            sessions[length].cache.normal_()
+        session, token = sessions[length], torch.tensor([7], device=device)
+        session.tokens = torch.zeros(1, length, dtype=torch.int64, device=device)
+        for _ in range(n):
+            logits = session.read(token[None])[:, -1]
+            if not logits.isfinite().all():  # as llama3.generate_batch looks
+                raise FloatingPointError
             token = llama3.sample(logits)
             token.item()
 
@@ -172,8 +171,8 @@ def write_gguf(folder: Path, config: llama3.Config) -> Path:
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("none")
     bf16 = gguf.GGMLQuantizationType.BF16
-    for name, weight in llama3.map_weights(folder, config).items():
-        kind = convert.renamed(name, convert.GGUF_NAMES, "layers", "blk")
+    for name, weight in llama3.map_files(folder)[0].items():
+        kind = to_gguf_name(name)
         if weight.dim() == 1:
             writer.add_tensor(kind, weight.float().numpy())
         else:
@@ -286,11 +285,12 @@ def processor() -> str:
 def peak_memory(folder: Path, n: int, dtype: str) -> int:
     """The most that a process of its own has resident while it reads a prompt of n tokens."""
     code = f"""if True:
-        import torch, command_line, llama3
+        import torch, llama3
+        from cli.messages import peak_rss_bytes
         config = llama3.load_config({str(folder)!r})
         weights = llama3.load_weights({str(folder)!r}, config, dtype={dtype})
         next(llama3.generate([7] * {n}, weights, config, max_new_tokens=1))
-        print(command_line.peak_rss_bytes())"""
+        print(peak_rss_bytes())"""
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -381,8 +381,9 @@ def main() -> None:
         computed = str(weights["norm.weight"].dtype).removeprefix("torch.")
         contestants = {}
         start = time.perf_counter()
-        if device.type == "cpu":
-            contestants["compiled products"] = ours(command_line.compiled_products(weights), config)
+        compiled = compiled_products(weights) if device.type == "cpu" else {}
+        if compiled:  # where it computes in another dtype than the weights are stored in
+            contestants["compiled products"] = ours({**weights, **compiled}, config)
         compile_s = time.perf_counter() - start
         contestants["without compiling"] = ours(weights, config)
         against = [other for other in args.against.split(",") if other]
