@@ -135,11 +135,12 @@ def make_tokenizer(name: str, ranks: dict[bytes, int], text_format: TextFormat) 
         if token.encode(errors="replace") in ranks | placeholders:  # or text could spell it
             raise ValueError(f"it lists the special token {token} among those of text")
     f = text_format
-    for token in {f.begin, f.begin_dialog, f.unknown or None, *f.stop, *f.spelled} - {None}:
+    turn = {"llama3": "<|start_header_id|>", "chatml": "<|im_start|>", None: None}.get(f.dialog, "")
+    for token in {f.begin, f.begin_dialog, f.unknown or None, turn, *f.stop, *f.spelled} - {None}:
         if token not in special:
             raise ValueError(f"{token} is not one of its special tokens")
-    if f.normalization not in (None, "NFC") or f.dialog not in (None, "llama3", "chatml"):
-        raise ValueError(f"its normalization is {f.normalization}, its dialog {f.dialog}")
+    if f.normalization not in (None, "NFC") or not isinstance(f.system, str | None):
+        raise ValueError(f"its normalization is {f.normalization}, its system message {f.system}")
     tokenizer = Tokenizer(
         name,
         pat_str=SPLIT_PATTERNS[text_format.split],

@@ -38,6 +38,7 @@ class Chat:
         self.model, self.weights = model, weights
         self.session = llama3.Session(weights, model.config)
         self.times: list[float] = []  # of every token
+        self.whole = True  # whether someone reads to the end
         self.system = model.args.system
         self.reset()
 
@@ -138,12 +139,11 @@ class Chat:
 
     def load(self, path: Path) -> None:
         """Go on with the messages in a file. Raises UsageError."""
-        if os.path.exists(path) and not os.path.isfile(path):  # a pipe may never end
-            raise UsageError(f"{path}: cannot be read: it is not a regular file")
         text = ranks.agreed(lambda: from_file("/load", os.path.abspath(path), MAX_PROMPT_BYTES))
         try:
             messages = tokenizer_setup.check_messages(json.loads(text))
-        except (ValueError, RecursionError) as error:
+            tokenizer_setup.encode_dialog(self.model.tokenizer, messages)
+        except (ValueError, KeyError, RecursionError) as error:
             raise UsageError(f"{path}: found no conversation: {one_line(error)}") from None
         self.messages = [dict(message) for message in messages]
         first = self.messages[0] if self.messages else {}
@@ -219,6 +219,7 @@ def converse(chat: Chat) -> int:
             if not (terminal or command):  # the answers stay in line with the turns
                 status, read = 2, stream(["\n"])
         if not read:
+            chat.whole = False
             break
     return status
 
@@ -234,17 +235,17 @@ def talk(args: argparse.Namespace) -> int:
     first += [{"role": "user", "content": prompt} for prompt in prompts]
     n_prompt = len(tokenizer_setup.encode_dialog(model.tokenizer, first))
     room = model.config.max_seq_len
-    chat = Chat(model, model.load(min(n_prompt + min(args.max_new_tokens, 1024), room)))
+    chat = Chat(model, model.load(min(n_prompt, room), min(args.max_new_tokens, 1024, room)))
     load_s, status = time.perf_counter() - start, 0
     if prompts:
         chat.times.append(time.perf_counter())
         try:
-            stream(chat.answer(prompts[0]))
+            chat.whole = stream(chat.answer(prompts[0]))
         except KeyboardInterrupt:  # what was written stays
-            status = 130
+            status, chat.whole = 130, False
     else:
         status = converse(chat)
     if args.stats:
         stats = steps_stats(n_prompt, chat.times) if prompts else {"decode_tokens": len(chat.times)}
-        say_stats(load_s, stats, model.device)
+        say_stats(load_s, stats, model.device, chat.whole)
     return status

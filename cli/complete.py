@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 import tokenizer_setup
-from cli import plot
+from cli import plot, ranks
 from cli.messages import UsageError, note, say_stats, steps_stats, stream, timed
 from cli.model import open_model
 from cli.options import read_prompts
@@ -61,7 +61,7 @@ def complete(args: argparse.Namespace) -> int:
     model = open_model(args)
     tokenizer, room = model.tokenizer, model.config.max_seq_len
     if args.plot is not None:
-        plot.check(args, model.config)
+        ranks.agreed(lambda: plot.check(args, model.config))
     encoded = []
     for prompt in prompts:
         spelled = tokenizer_setup.special_tokens_in(tokenizer, prompt)
@@ -78,7 +78,7 @@ def complete(args: argparse.Namespace) -> int:
     n_new = min(args.max_new_tokens, room - n_prompt)
     if n_new < args.max_new_tokens:
         note(f"the context of {room} tokens has room for {n_new} new ones")
-    weights = model.load(n_prompt + min(n_new, 1024), len(encoded))  # it may end early
+    weights = model.load(n_prompt, min(n_new, 1024), len(encoded))  # it may end early
     load_s = time.perf_counter() - start
     if args.plot is not None:
         plot.plot(model, weights, encoded[0])
@@ -92,12 +92,12 @@ def complete(args: argparse.Namespace) -> int:
         texts = numbered(tokenizer, steps, len(encoded))
     else:
         texts = tokenizer_setup.decode_stream(tokenizer, (tokens.item() for tokens, _ in steps))
-    status = 0
+    status, whole = 0, False
     try:
         with contextlib.closing(all_steps):
-            stream(texts)
+            whole = stream(texts)
     except KeyboardInterrupt:  # what was written stays
         status = 130
     if args.stats:
-        say_stats(load_s, steps_stats(sum(map(len, encoded)), times), model.device)
+        say_stats(load_s, steps_stats(sum(map(len, encoded)), times), model.device, whole)
     return status

@@ -40,6 +40,7 @@ def status_of(argv: Sequence[str] | None, voice: object) -> int:
             warnings.showwarning = lambda message, *_, **__: note(message)
             return run(argv)
     except (CheckpointError, UsageError, FloatingPointError) as error:
+        sys.stderr = sys.stderr if ranks.n_ranks() > 1 else voice  # until they meet, each speaks
         note(f"error: {error}")
         return 2
     except KeyboardInterrupt:
@@ -74,7 +75,3 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         os._exit(status)
     return status
-
-
-if __name__ == "__main__":
-    sys.exit(main())

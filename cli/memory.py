@@ -12,6 +12,7 @@ from torch import dtype as Dtype
 import llama3
 from cli import ranks
 from cli.messages import UsageError
+from llama3 import Config
 
 
 def free_bytes(device: Device) -> float:
@@ -38,20 +39,19 @@ def amount(size: float) -> str:
 
 
 def check_memory(
-    config: llama3.Config, size: float, device: Device, dtype: Dtype, tokens: int, batch: int = 1
+    config: Config, size: float, device: Device, dtype: Dtype, prompt: int, new: int, batch: int = 1
 ) -> None:
     """Raise UsageError if weights and a cache for so many tokens need more memory than is free.
 
     config: of what one rank computes. size: of the weights, but for what is mapped, in bytes.
+    prompt, new: tokens of each of `batch` prompts, and those that follow.
     """
-    free = free_bytes(device)
-    if device.type == "cpu":  # which the ranks on this machine share
-        free /= ranks.ranks_here()
+    free = free_bytes(device) / (ranks.ranks_here() if device.type == "cpu" else 1)
     position = 2 * config.n_layers * config.n_kv_heads * config.head_dim * dtype.itemsize * batch
-    block = batch * min(tokens, llama3.PREFILL_TOKENS)
-    scores = 10 * min(config.n_heads * block * tokens, batch * llama3.SCORES_AT_ONCE)
+    block = batch * min(prompt, llama3.PREFILL_TOKENS)
+    scores = 10 * min(config.n_heads * block * prompt, batch * llama3.SCORES_AT_ONCE)
     work = scores + block * (3 * config.ffn_dim + 8 * config.dim) * dtype.itemsize
-    parts = {"weights": size, "cache": position * tokens, "work": work}
+    parts = {"weights": size, "cache": position * (prompt + new), "work": work}
     needed = sum(parts.values())
     if needed > free:
         found = ", ".join(f"{name} {amount(part)}" for name, part in parts.items())

@@ -86,12 +86,12 @@ def steps_stats(prompt_tokens: int, times: list[float]) -> dict[str, float]:
     }
 
 
-def say_stats(load_s: float, stats: dict[str, float], device: torch.device) -> None:
-    """Write the line of --stats; of several ranks, that of the slowest and largest."""
+def say_stats(load_s: float, stats: dict[str, float], device: torch.device, whole: bool) -> None:
+    """Write the line of --stats; of several ranks that all came to the end, the largest values."""
     from cli import ranks
 
     stats = {"load_s": round(load_s, 4)} | stats | {"peak_rss_bytes": peak_rss_bytes()}
     if device.type == "cuda":
         stats["peak_device_bytes"] = torch.cuda.max_memory_allocated(device)
-    found = ranks.gathered(stats)
+    found = ranks.gathered(stats) if whole else [stats]
     say(json.dumps({key: max((s[key] for s in found), key=lambda n: n or 0) for key in stats}))

@@ -78,13 +78,13 @@ class Model(NamedTuple):
     tokenizer: Tokenizer
     device: torch.device
 
-    def load(self, tokens: int, batch: int = 1) -> llama3.Weights:
+    def load(self, prompt: int, new: int, batch: int = 1) -> llama3.Weights:
         """The weights, to compute with; UsageError if there is no memory for so many tokens."""
         args, source, n, rank = self.args, self.source, ranks.n_ranks(), ranks.this_rank()
         with ranks.together():
             dtype = llama3.DTYPES.get(args.dtype) or source.default_dtype(self.device)
             size = source.bytes_needed(self.device, dtype, n)
-            check_memory(self.config, size, self.device, dtype, tokens, batch)
+            check_memory(self.config, size, self.device, dtype, prompt, new, batch)
             span = ranks.span_of(source.config, rank, n)
             loading = bar("loading", " tensors", delay=0.5)
             weights = source.load_weights(self.device, dtype, loading, span)

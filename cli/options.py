@@ -175,6 +175,8 @@ def from_file(option: str, path: str, limit: int) -> str:
         raise UsageError("standard input is closed, so there is nothing to read from")
     stdin = nullcontext(getattr(sys.stdin, "buffer", sys.stdin))  # a notebook's has no buffer
     try:
+        if option == "/load" and os.path.exists(path) and not os.path.isfile(path):
+            raise OSError("it is not a regular file")  # a pipe may never end
         with stdin if path == "-" else open(path, "rb") as file:
             content = file.read(limit + 1)
             content = content if isinstance(content, bytes) else content.encode()

@@ -67,7 +67,7 @@ def score(args: argparse.Namespace) -> int:
     longest, overlap = max(map(len, encoded)), f"{window} that overlap by {window // 2}"
     if longest > window:
         note(f"texts of up to {longest} tokens are read in windows of {overlap}")
-    weights = model.load(min(longest, window))
+    weights = model.load(min(longest, window), 0)
     begin = time.perf_counter()
     total = sum(max(len(tokens) - 1, 0) for tokens in encoded)
     progress = tqdm(total=total, desc="scoring", unit=" tokens", leave=False, disable=None)
@@ -93,14 +93,14 @@ def score(args: argparse.Namespace) -> int:
             line["bits_per_byte"] = float(f"{nll / math.log(2) / size:.6g}") if n and size else None
             yield json.dumps(line) + "\n"
 
-    status = 0
+    status, whole = 0, False
     try:
-        stream(lines())
+        whole = stream(lines())
     except KeyboardInterrupt:  # what was written stays
         status = 130
     finally:
         progress.close()
     if args.stats:
         stats = {"tokens": total, "score_s": round(time.perf_counter() - begin, 4)}
-        say_stats(begin - start, stats, model.device)
+        say_stats(begin - start, stats, model.device, whole)
     return status

@@ -74,7 +74,7 @@ def new_folder(path: Path) -> Iterator[Path]:
             yield folder
             os.replace(folder, path)
     except Exception as error:  # a library that cannot write a file raises what it likes
-        if out_of_memory(error):
+        if out_of_memory(error) or isinstance(error, ImportError | CheckpointError):
             raise
         reason = getattr(error, "strerror", None) or one_line(error)
         raise CheckpointError(path, f"cannot be written: {reason}") from None
@@ -164,6 +164,7 @@ def write_tokenizer(path: Path, ranks: dict[bytes, int], special: dict[str, int]
 
 def to_hf(source: Source, out_dir: Path, progress: Progress = iter, tokenizer: bool = True) -> None:
     """Write a Llama model, with its tokenizer or without. Raises CheckpointError."""
+    import tokenizers  # noqa: F401 (before anything is written)
     from safetensors.torch import save_file
 
     files = {"config.json": hf_config(source)}
@@ -235,9 +236,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        if not (isinstance(error, CheckpointError | OSError) or out_of_memory(error)):
+        if not (isinstance(error, CheckpointError | OSError | ImportError) or out_of_memory(error)):
             raise
-        say(f"convert: error: {one_line(error, 1000)}")
+        missing = isinstance(error, ImportError)
+        found = f"a package is missing: pip install {error.name}" if missing else error
+        say(f"convert: error: {one_line(found, 1000)}")
         return 2
 
 

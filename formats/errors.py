@@ -100,7 +100,9 @@ def find_file(folder: Path, name: str) -> Path:
         found = f"its {name} is not a regular file"
     if os.path.isfile(folder / "original" / name):
         found += " (but its folder 'original' has: use that one)"
-    expected = "a folder with Meta's params.json, consolidated.00.pth and tokenizer.model"
+    expected = (
+        "a folder with Meta's params.json, consolidated.00.pth and tokenizer.model, or config.json"
+    )
     raise CheckpointError(folder, f"{found}; expected {expected}")
 
 

@@ -160,6 +160,8 @@ def gguf_params(path: Path, fields: Fields, tensors: dict[str, Stored]) -> dict[
         "attention.value_length": head_dim,
         "rope.scaling.type": "none",
         "rope.scale_linear": 1,
+        "rope.scaling.factor": 1,
+        "expert_count": 0,
         "attention.causal": True,
         "vocab_size": params["vocab_size"],
     }

@@ -122,7 +122,7 @@ class Source(NamedTuple):
             looks = describe_file(read_file(where, 4096)) if path and where.is_file() else ""
             reason = f"found {looks}" if looks else getattr(error, "strerror", None) or error
             problem = f"its tokenizer cannot be used: {one_line(reason)}"
-            raise CheckpointError(where, problem) from None
+            raise CheckpointError(path or self.path, problem) from None
         n, rows, (ranks, text_format) = found.n_vocab, self.config.vocab_size, vocabulary
         is_llama3 = text_format == tokenizer_setup.llama3_format(len(ranks))
         if n > rows or (self.exact and is_llama3 and n < rows):

@@ -6,14 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizer_setup
-from formats.errors import (
-    CheckpointError,
-    one_line,
-    quoted,
-    read_file,
-    read_json_object,
-    refuse,
-)
+from formats.errors import CheckpointError, one_line, quoted, read_file, read_json_object, refuse
 from tokenizer_setup import SPLIT_PATTERNS, TextFormat
 
 Vocabulary = tuple[dict[bytes, int], TextFormat]  # ranks, which are ids too, and the rest

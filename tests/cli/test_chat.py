@@ -36,7 +36,7 @@ def said(capsys, *arguments, lines=None, status=0):
 def chat_of(*arguments):
     """A conversation with the demo, or another model that `arguments` name."""
     model = open_model(parse_arguments([*DEMO_CHAT, *map(str, arguments)]))
-    return chat.Chat(model, model.load(model.config.max_seq_len))
+    return chat.Chat(model, model.load(1, model.config.max_seq_len - 1))
 
 
 # --- turns ----------------------------------------------------------------------------------------

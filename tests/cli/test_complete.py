@@ -120,7 +120,7 @@ def test_stats_are_the_last_line_on_standard_error(
 def test_the_peak_of_a_devices_memory_is_told_where_there_is_one(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 77)
     for device, told in ("cuda", True), ("cpu", False):
-        say_stats(1.23456, {"prompt_tokens": 3}, torch.device(device))
+        say_stats(1.23456, {"prompt_tokens": 3}, torch.device(device), whole=True)
         stats = json.loads(capsys.readouterr().err)
         assert (stats["load_s"], stats["prompt_tokens"]) == (1.2346, 3)
         assert stats.get("peak_device_bytes") == (77 if told else None)

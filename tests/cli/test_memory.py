@@ -74,11 +74,15 @@ def test_weights_cache_and_work_are_added_up(monkeypatch, demo_config):
     fixed = 10**9
 
     def needed(weights, tokens, batch=1, dtype=torch.bfloat16):
-        arguments = demo_config, weights, at["device"], dtype, tokens, batch
+        arguments = demo_config, weights, at["device"], dtype, tokens, 0, batch
         return least_that_suffices(monkeypatch, *arguments)
 
     assert needed(fixed, 3000) - needed(0, 3000) == pytest.approx(fixed, abs=9)
     per_token = 4 * 2 * 4 * 16 * 2
+    # New tokens come one at a time: only their keys and values are added.
+    for new in (1, 1000, 6000):
+        least = least_that_suffices(monkeypatch, demo_config, 0, CPU, torch.bfloat16, 3000, new)
+        assert least - needed(0, 3000) == pytest.approx(new * per_token, abs=9)
     # From as many on, the work does not grow: a block of the prompt has its greatest size.
     assert needed(0, 9000) - needed(0, 8000) == pytest.approx(1000 * per_token, abs=9)
     in_float32 = needed(0, 9000, dtype=torch.float32) - needed(0, 8000, dtype=torch.float32)
@@ -143,7 +147,7 @@ def test_a_device_of_its_own_must_hold_the_weights(tmp_path, monkeypatch, demo_w
     def check(dtype):
         needed = source.bytes_needed(CUDA, dtype)
         assert needed == size * dtype.itemsize
-        memory.check_memory(source.config, needed, CUDA, dtype, 9)
+        memory.check_memory(source.config, needed, CUDA, dtype, 9, 0)
 
     with pytest.raises(UsageError, match=r"weights 4 MB.* free on cuda; use a smaller model"):
         check(torch.float32)
@@ -158,7 +162,7 @@ def test_the_memory_of_a_prompt_is_bounded_and_counted(tmp_path, monkeypatch):
     """All scores at once would take 16 heads x 4,000^2 x 8 to 10 bytes: 2 GB and more."""
     config = config_of(tmp_path, dim=512, n_heads=16, n_layers=1, multiple_of=2048)
     made = random_weights(config)
-    counted = least_that_suffices(monkeypatch, config, 0, CPU, torch.float32, 4000)
+    counted = least_that_suffices(monkeypatch, config, 0, CPU, torch.float32, 4000, 0)
     assert 40e6 < counted < 100e6
     prompt = [7] * 4000
     peak = peak_of(lambda: next(llama3.generate(prompt, made, config, max_new_tokens=1)))

@@ -155,8 +155,8 @@ def test_what_is_mapped_takes_no_memory_and_what_is_joined_does(tmp_path, weight
 
 
 def test_folders_that_are_not_there_or_hold_something_else_are_told_apart(tmp_path):
-    assert refusal(tmp_path / "none") == f": no such folder; {FOLDER}"
-    assert refusal(tmp_path) == f": has no params.json; {FOLDER}"
+    assert refusal(tmp_path / "none") == f": no such folder; {FOLDER}, or config.json"
+    assert refusal(tmp_path) == f": has no params.json; {FOLDER}, or config.json"
     (tmp_path / "params.json").mkdir()
     assert "its params.json is not a regular file" in refusal(tmp_path)
     (tmp_path / "params.json").rmdir()
