@@ -556,7 +556,7 @@ def split_axis(name: str) -> int | None:
     """The dimension in which Meta splits a weight over files, as fairscale's layers do.
 
     wo and w2 by columns, whose results are summed; other matrices by rows, with their biases; norms
-    not at all (Shoeybi et al. 2019, Megatron-LM; llama3/model.py in llama-models).
+    and output.bias not at all (Shoeybi et al. 2019, Megatron-LM; llama3/model.py in llama-models).
     """
     whole = "norm" in name or name.endswith(("wo.bias", "w2.bias", "output.bias"))
     return 1 if name.endswith(("wo.weight", "w2.weight")) else None if whole else 0

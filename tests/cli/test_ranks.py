@@ -129,6 +129,20 @@ def test_sizes_that_do_not_divide_and_shared_key_heads(
             assert apart(logits, expected) < 1e-4
 
 
+def test_a_bias_of_the_output_is_added_to_all_logits(tmp_path, monkeypatch):
+    config = config_of(tmp_path, **SIZES)
+    weights = random_weights(config) | {"output.bias": torch.randn(config.vocab_size)}
+    split(weights, tmp_path, 1)
+    tokens = random_tokens(config, 5)
+    expected = llama3.forward(tokens, weights, config)
+
+    def of_rank(rank):
+        return llama3.forward(tokens, *part_of(tmp_path, rank, 2))
+
+    for logits in Threads(2, monkeypatch).run(of_rank):
+        torch.testing.assert_close(logits, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("parts", [1, 4])
 def test_a_rank_holds_its_part_alone(tmp_path, dtype, parts):

@@ -321,6 +321,8 @@ def test_a_sentencepiece_vocabulary_is_refused_and_the_weights_are_not(tmp_path,
         {"stop": [3]},
         {"stop": ["no such"]},
         {"dialog": "alpaca"},
+        {"dialog": "llama3"},  # whose turns begin with a token that is not there
+        {"system": 3},
         {"more": 1},
     ],
     ids=str,

@@ -148,6 +148,8 @@ def test_a_quantized_matrix_is_a_copy(tmp_path):
     [
         ({"add_string": ("llama.rope.scaling.type", "yarn")}, '"rope.scaling.type" is "yarn"'),
         ({"add_float32": ("llama.rope.scale_linear", 2.0)}, '"rope.scale_linear" is 2.0'),
+        ({"add_float32": ("llama.rope.scaling.factor", 2.0)}, '"rope.scaling.factor" is 2.0'),
+        ({"add_uint32": ("llama.expert_count", 8)}, '"expert_count" is 8'),
         ({"add_bool": ("llama.attention.causal", False)}, '"attention.causal" is false'),
         ({"add_key_length": (32,)}, '"rope.dimension_count" is 8'),
         ({"add_uint16": ("split.count", 3)}, '"split.count" is 3'),
