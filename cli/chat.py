@@ -139,7 +139,8 @@ class Chat:
 
     def load(self, path: Path) -> None:
         """Go on with the messages in a file. Raises UsageError."""
-        text = ranks.agreed(lambda: from_file("/load", os.path.abspath(path), MAX_PROMPT_BYTES))
+        file = os.path.abspath(path)
+        text = ranks.agreed(lambda: from_file("/load", file, MAX_PROMPT_BYTES, pipes=False))
         try:
             messages = tokenizer_setup.check_messages(json.loads(text))
             tokenizer_setup.encode_dialog(self.model.tokenizer, messages)

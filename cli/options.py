@@ -168,15 +168,15 @@ def decode(content: bytes, origin: str) -> str:
         raise UsageError(f"{origin}: found {found}, expected text in UTF-8") from None
 
 
-def from_file(option: str, path: str, limit: int) -> str:
+def from_file(option: str, path: str, limit: int, pipes: bool = True) -> str:
     """The text in a file of at most `limit` bytes; "-" is standard input. Raises UsageError."""
     origin = f"argument {option}: {'standard input' if path == '-' else path}"
     if path == "-" and sys.stdin is None:
         raise UsageError("standard input is closed, so there is nothing to read from")
     stdin = nullcontext(getattr(sys.stdin, "buffer", sys.stdin))  # a notebook's has no buffer
     try:
-        if option == "/load" and os.path.exists(path) and not os.path.isfile(path):
-            raise OSError("it is not a regular file")  # a pipe may never end
+        if not pipes and os.path.exists(path) and not os.path.isfile(path):
+            raise OSError("it is not a regular file")  # it may never end
         with stdin if path == "-" else open(path, "rb") as file:
             content = file.read(limit + 1)
             content = content if isinstance(content, bytes) else content.encode()

@@ -83,6 +83,17 @@ def split(weights, folder, parts):
         torch.save(file, folder / f"consolidated.{part:02}.pth")
 
 
+def with_biases(weights):
+    """The same with a bias beside each matrix of a layer."""
+    generator = torch.Generator().manual_seed(1)
+    biases = {
+        name.replace("weight", "bias"): (0.1 * torch.randn(len(w), generator=generator)).to(w.dtype)
+        for name, w in weights.items()
+        if name.startswith("layers.") and w.dim() == 2
+    }
+    return weights | biases
+
+
 def random_tokens(config: llama3.Config, *shape: int, seed=0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, config.vocab_size, shape, generator=generator)

@@ -26,6 +26,7 @@ from conftest import (
     random_tokens,
     random_weights,
     split,
+    with_biases,
 )
 
 import llama3
@@ -55,17 +56,6 @@ def four_files(tmp_path):
     weights = random_weights(config)
     split(weights, tmp_path, 4)
     return tmp_path, config, weights
-
-
-def with_biases(weights):
-    """The same with a bias beside each matrix of a layer."""
-    generator = torch.Generator().manual_seed(1)
-    biases = {
-        name.replace("weight", "bias"): torch.randn(len(w), generator=generator).to(w.dtype)
-        for name, w in weights.items()
-        if name.startswith("layers.") and w.dim() == 2
-    }
-    return weights | biases
 
 
 def change(path, entries):

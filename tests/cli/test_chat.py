@@ -39,6 +39,20 @@ def chat_of(*arguments):
     return chat.Chat(model, model.load(1, model.config.max_seq_len - 1))
 
 
+def interrupted_at_the_fifth_token(monkeypatch):
+    """Ctrl-C comes when five tokens were drawn; returns the list of them."""
+    choose, drawn = Sampler.__call__, []
+
+    def interrupted(self, logits):
+        drawn.append(choose(self, logits))
+        if len(drawn) == 5:
+            raise KeyboardInterrupt
+        return drawn[-1]
+
+    monkeypatch.setattr(Sampler, "__call__", interrupted)
+    return drawn
+
+
 # --- turns ----------------------------------------------------------------------------------------
 
 
@@ -138,15 +152,7 @@ def test_a_model_that_never_ends_is_stopped_by_the_number_of_tokens(
 
 def test_an_answer_that_is_stopped_stays_and_the_conversation_goes_on(capsys, monkeypatch):
     talk = chat_of()
-    choose, drawn = Sampler.__call__, []
-
-    def interrupted(self, logits):
-        drawn.append(choose(self, logits))
-        if len(drawn) == 5:
-            raise KeyboardInterrupt
-        return drawn[-1]
-
-    monkeypatch.setattr(Sampler, "__call__", interrupted)
+    drawn = interrupted_at_the_fifth_token(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         [*talk.answer(JAPAN["content"])]
     assert talk.messages[0] == JAPAN
@@ -165,15 +171,7 @@ def test_ctrl_c_in_an_answer_keeps_what_was_written_and_ends_with_status_130(
     capsys, monkeypatch, piped
 ):
     """But for a pipe, where an answer is written as a whole."""
-    choose, drawn = Sampler.__call__, []
-
-    def interrupted(self, logits):
-        drawn.append(choose(self, logits))
-        if len(drawn) == 5:
-            raise KeyboardInterrupt
-        return drawn[-1]
-
-    monkeypatch.setattr(Sampler, "__call__", interrupted)
+    interrupted_at_the_fifth_token(monkeypatch)
     prompt = [] if piped else ["--prompt", JAPAN["content"]]
     out, err = said(capsys, *prompt, lines=[JAPAN["content"]] * 2, status=130)
     assert err == ""

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import DEMO, ROOT, apart, config_of, random_tokens, random_weights, split
+from conftest import DEMO, ROOT, apart, config_of, random_tokens, random_weights, split, with_biases
 
 import formats
 import llama3
@@ -24,16 +24,6 @@ from cli.messages import UsageError
 from formats.convert import to_hf
 
 SIZES = {"dim": 64, "n_heads": 8, "n_kv_heads": 8, "n_layers": 2, "vocab_size": 1280}
-
-
-def with_biases(weights):
-    """The same with a bias beside each matrix of a layer."""
-    biases = {
-        name.replace("weight", "bias"): 0.1 * torch.randn(len(weight)).to(weight.dtype)
-        for name, weight in weights.items()
-        if name.startswith("layers.") and weight.dim() == 2
-    }
-    return weights | biases
 
 
 @pytest.fixture(scope="module")
