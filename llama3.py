@@ -93,9 +93,7 @@ def config_from_params(params: Mapping[str, Any]) -> Config:
     if n_heads % n_kv_heads:
         raise ValueError(f'"n_kv_heads": found {n_kv_heads}, expected a divisor of {n_heads}')
     if not isinstance(scaled, bool) or ("rope_scaling_factor" in given and not scaled):
-        raise ValueError(
-            f'"use_scaled_rope": found {scaled!r}, expected a boolean, true with factor'
-        )
+        raise ValueError(f'"use_scaled_rope": found {scaled!r}, expected a boolean, true if scaled')
     # SwiGLU's width, roughly 8/3 dim (llama3/model.py in llama-models).
     width = int(number("ffn_dim_multiplier", 1, 0.01, 100, Real) * int(2 * 4 * dim / 3))
     width = math.ceil(width / number("multiple_of", 256)) * number("multiple_of", 256)
@@ -114,8 +112,8 @@ def config_from_params(params: Mapping[str, Any]) -> Config:
 
 # --- 2. Weights -----------------------------------------------------------------------------------
 
-# Under Meta's names. A matrix is a tensor [outputs, inputs], or a function that multiplies by one,
-# [..., inputs] -> [..., outputs]; it may have another dtype than is computed in, unlike norms.
+# Under Meta's names. A matrix is a tensor [outputs, inputs], of any dtype, or a function that does
+# [..., inputs] -> [..., outputs]; a function under "layers.0" computes all of that layer.
 Weights = Mapping[str, Tensor | Callable[[Tensor], Tensor]]
 
 
@@ -287,13 +285,13 @@ def attention(
 ) -> Tensor:
     """Each token gathers what it needs from the tokens up to itself: x [..., T, dim] -> the same.
 
-    rotations [T, d / 2], mask [T, L]. With a cache [2, ..., n_kv_heads, L, d], the tokens' keys and
-    values are written into it at `positions` [T], and all of it is attended to; else L = T.
+    rotations [T, d / 2], mask [T, L]. With a cache [2, ..., n_kv_heads, L or more, d], the tokens'
+    keys and values are written into it at `positions` [T], and L of it attended to; else L = T.
     """
     q, k, v = queries_keys_values(x, weights, layer, config, rotations)
     if cache is not None:
-        k = cache[0].index_copy_(-2, positions, k)  # [..., n_kv_heads, L, d]
-        v = cache[1].index_copy_(-2, positions, v)
+        k = cache[0].index_copy_(-2, positions, k)[..., : mask.shape[-1], :]
+        v = cache[1].index_copy_(-2, positions, v)[..., : mask.shape[-1], :]
     out = grouped_query_attention(q, k, v, mask)  # [..., n_heads, T, d]
     return linear(out.transpose(-3, -2).flatten(-2), weights, f"layers.{layer}.attention.wo")
 
@@ -339,8 +337,9 @@ def forward(
     rotations = rope_rotations(positions, config)  # [T, d / 2]
     x = weights["tok_embeddings.weight"][tokens].to(weights["norm.weight"].dtype)  # [..., T, dim]
     for layer in range(config.n_layers):
-        layer_cache = None if cache is None else cache[layer]
-        x = block(x, weights, layer, config, rotations, mask, positions, layer_cache)
+        where = rotations, mask, positions, None if cache is None else cache[layer]
+        whole = weights.get(f"layers.{layer}")  # a function in the place of this layer, or none
+        x = whole(x, *where) if whole else block(x, weights, layer, config, *where)
     x = x[..., -1:, :] if last_only else x
     return linear(rms_norm(x, weights["norm.weight"], config.norm_eps), weights, "output").float()
 
@@ -596,8 +595,11 @@ def shards_of(files: Sequence[dict[str, Tensor]], config: Config) -> dict[str, l
 def default_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype that weights are stored in, or float32 on a CPU without native products in it."""
     name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(stored)
-    native = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda: False)
-    return torch.float32 if device.type == "cpu" and name and not native() else stored
+    supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda: False)
+    able = getattr(torch.cpu, "get_capabilities", dict)()  # for x86 may convert each time instead
+    units = f"avx512_{name}", f"amx_{name}", name, f"{name}_arith"
+    native = supported() and (not able or any(able.get(unit) for unit in units))
+    return torch.float32 if device.type == "cpu" and name and not native else stored
 
 
 def load_weights(

@@ -18,7 +18,7 @@ import torch
 from run import SIZES, make_checkpoint, processor, prompt_of
 
 import llama3
-from cli.products import compiled_products
+from cli.step import with_built_steps
 
 TURNS = 7
 
@@ -33,8 +33,8 @@ def main() -> None:
         for dtype in (torch.bfloat16, torch.float32):
             plain = llama3.load_weights(folder, config, dtype=dtype)
             for name, weights in (
-                ("without compiling", plain),
-                ("compiled products", {**plain, **compiled_products(plain)}),
+                ("not built", plain),
+                ("built", with_built_steps(plain, config, build=True)),
             ):
 
                 def seconds(prompts: list[list[int]], weights: llama3.Weights = weights) -> float:

@@ -2,10 +2,13 @@
 
     python benchmarks/run.py --size small
     python benchmarks/run.py --size 1b --against llama.cpp,transformers
+    python benchmarks/run.py --model model.gguf --format BF16 --against llama.cpp
 
-Makes a random bfloat16 checkpoint in Meta's format in a temporary folder and measures it. Speeds of
-one machine drift within minutes, so whatever is compared takes turns, and a ratio is the median of
-the ratios of single turns. What --against needs stands in benchmarks/requirements.txt.
+Makes a random checkpoint in Meta's format in a temporary folder and measures it, or a model that is
+there, with its weights in another type if --format names one. llama.cpp gets the same weights in a
+GGUF file. Speeds of one machine drift within minutes, so whatever is compared takes turns, and a
+ratio is the median of the ratios of single turns. What --against needs stands in
+benchmarks/requirements.txt.
 """
 
 import argparse
@@ -26,8 +29,9 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+import formats  # noqa: E402
 import llama3  # noqa: E402
-from cli.products import compiled_products  # noqa: E402
+from cli.step import with_built_steps  # noqa: E402
 from formats.gguf import to_gguf_name  # noqa: E402
 
 ROPE = {"norm_eps": 1e-05, "rope_theta": 500000.0}
@@ -49,22 +53,23 @@ SIZES = {  # params.json, and the contexts at which decoding is measured
     ),
 }
 PREFILLS = (128, 1024)
+FORMATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 Contestant = tuple[Callable[[int], None], Callable[[int, int], None]]  # prefill(n), decode(L, n)
 
 
 # --- the model ------------------------------------------------------------------------------------
 
 
-def make_checkpoint(folder: Path, params: dict) -> None:
+def make_checkpoint(folder: Path, params: dict, dtype: torch.dtype = torch.bfloat16) -> None:
     """Random weights of the size that training gives them, in Meta's files."""
     (folder / "params.json").write_text(json.dumps(params))
     generator = torch.Generator().manual_seed(0)
     weights = {}
     for name, shape in llama3.weight_shapes(llama3.load_config(folder)).items():
         if len(shape) == 1:
-            weights[name] = torch.ones(shape, dtype=torch.bfloat16)
+            weights[name] = torch.ones(shape, dtype=dtype)
         else:
-            weights[name] = torch.empty(shape, dtype=torch.bfloat16)
+            weights[name] = torch.empty(shape, dtype=dtype)
             weights[name].normal_(0, shape[1] ** -0.5, generator=generator)
     torch.save(weights, folder / "consolidated.00.pth")
 
@@ -154,11 +159,11 @@ def in_transformers(config: llama3.Config, device: torch.device) -> Contestant:
     return prefill, decode
 
 
-def write_gguf(folder: Path, config: llama3.Config) -> Path:
-    """The checkpoint as llama.cpp reads it: the same numbers under other names."""
+def write_gguf(path: Path, weights: llama3.Weights, config: llama3.Config, kind: str) -> Path:
+    """The weights as llama.cpp reads them: the same numbers under other names."""
     import gguf
 
-    writer = gguf.GGUFWriter(folder / "model.gguf", "llama")
+    writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(config.n_layers)
     writer.add_context_length(8192)
     writer.add_embedding_length(config.dim)
@@ -170,22 +175,23 @@ def write_gguf(folder: Path, config: llama3.Config) -> Path:
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("none")
-    bf16 = gguf.GGMLQuantizationType.BF16
-    for name, weight in llama3.map_files(folder)[0].items():
-        kind = to_gguf_name(name)
+    tied = weights["output.weight"] is weights["tok_embeddings.weight"]
+    for name, weight in weights.items():
         if weight.dim() == 1:
-            writer.add_tensor(kind, weight.float().numpy())
-        else:
-            writer.add_tensor(kind, weight.view(torch.uint8).numpy(), raw_dtype=bf16)
+            writer.add_tensor(to_gguf_name(name), weight.float().numpy())
+        elif name != "output.weight" or not tied:
+            stored = weight.to(FORMATS[kind]).contiguous().view(torch.uint8).numpy()
+            raw = gguf.GGMLQuantizationType[kind]
+            writer.add_tensor(to_gguf_name(name), stored, raw_dtype=raw)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return folder / "model.gguf"
+    return path
 
 
-def in_llama_cpp(folder: Path, config: llama3.Config, threads: int) -> Contestant:
-    """llama.cpp with the same weights in BF16, through llama-cpp-python's plain bindings."""
+def in_llama_cpp(file: Path, config: llama3.Config, threads: int) -> Contestant:
+    """llama.cpp with the weights in a GGUF file, through llama-cpp-python's plain bindings."""
     import ctypes
 
     import llama_cpp as lib
@@ -193,8 +199,7 @@ def in_llama_cpp(folder: Path, config: llama3.Config, threads: int) -> Contestan
     quiet = lib.llama_log_callback(lambda *_: None)
     lib.llama_log_set(quiet, ctypes.c_void_p(0))
     lib.llama_backend_init()
-    path = str(write_gguf(folder, config)).encode()
-    model = lib.llama_model_load_from_file(path, lib.llama_model_default_params())
+    model = lib.llama_model_load_from_file(str(file).encode(), lib.llama_model_default_params())
     options = lib.llama_context_default_params()
     options.n_ctx, options.n_batch, options.n_ubatch = 8192, 2048, 512
     options.n_threads = options.n_threads_batch = threads
@@ -282,13 +287,17 @@ def processor() -> str:
     return f"{name[1].strip() if name else platform.machine()} ({', '.join(there)})"
 
 
-def peak_memory(folder: Path, n: int, dtype: str) -> int:
+def peak_memory(path: Path, n: int, dtype: str) -> int:
     """The most that a process of its own has resident while it reads a prompt of n tokens."""
     code = f"""if True:
-        import torch, llama3
+        import torch, formats, llama3
+        from cli.step import with_built_steps
         from cli.messages import peak_rss_bytes
-        config = llama3.load_config({str(folder)!r})
-        weights = llama3.load_weights({str(folder)!r}, config, dtype={dtype})
+        source = formats.open({str(path)!r})
+        config = source.config
+        device = torch.device("cpu")
+        weights = source.load_weights(device, {dtype} or source.default_dtype(device))
+        weights = with_built_steps(weights, config, build=False)
         next(llama3.generate([7] * {n}, weights, config, max_new_tokens=1))
         print(peak_rss_bytes())"""
     result = subprocess.run(
@@ -326,7 +335,7 @@ def table(record: dict) -> str:
         f"`{record['command']}`. It reads {limit['bytes_s'] / 1e9:.1f} GB/s, and multiplies "
         f"matrices with {rates['float32'] / 1e9:.0f} GFLOP/s in float32 and "
         f"{rates['bfloat16'] / 1e9:.0f} in bfloat16. Computed in {record['dtype']}; loaded in "
-        f"{record['load_s']:.2f} s, compiled in {record['compile_s']:.1f} s.",
+        f"{record['load_s']:.2f} s, built in {record['build_s']:.1f} s.",
         "",
         "| figure | " + " | ".join(contestants) + " | share of the limit |",
         "|" + "---|" * (len(contestants) + 2),
@@ -341,7 +350,7 @@ def table(record: dict) -> str:
             operations = 2 * layers * size + config["attention"] * size**2 / 2
             share, shown = operations / own / rates[record["dtype"]], lambda t: f"{t:.2f} s"
         else:
-            read = 2 * config["matrices"] + config["cache"] * size
+            read = config["stored"] + config["cache"] * size
             share, shown = read / own / limit["bytes_s"], lambda t: f"{1000 * t:.1f} ms"
         cells = []
         for name in contestants:
@@ -359,7 +368,9 @@ def table(record: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure llama3.py on a random model.")
-    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--size", choices=SIZES, default="small", help="of a random model")
+    parser.add_argument("--model", type=Path, help="a folder or file instead of a random model")
+    parser.add_argument("--format", choices=FORMATS, help="the type that weights are stored in")
     parser.add_argument("--against", default="", help="llama.cpp, transformers, or both")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=llama3.DTYPES, help="type to compute in")
@@ -369,26 +380,33 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    params, contexts = SIZES[args.size]
+    params, contexts = SIZES[args.size] if not args.model else ({}, (128, 1024))
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        make_checkpoint(folder, params)
+        path = args.model or Path(name)
+        if not args.model:
+            make_checkpoint(path, params, FORMATS[args.format or "BF16"])
+        elif args.format:
+            path, source = Path(name) / "model.gguf", formats.open(args.model)
+            write_gguf(path, source.load_weights(device, torch.float32), source.config, args.format)
         start = time.perf_counter()
-        config = llama3.load_config(folder)
-        dtype = llama3.DTYPES.get(args.dtype)
-        weights = llama3.load_weights(folder, config, device, dtype)
+        source = formats.open(path)
+        config, dtype = source.config, llama3.DTYPES.get(args.dtype) or source.default_dtype(device)
+        weights = source.load_weights(device, dtype)
         load_s = time.perf_counter() - start
-        computed = str(weights["norm.weight"].dtype).removeprefix("torch.")
+        computed = str(dtype).removeprefix("torch.")
         contestants = {}
         start = time.perf_counter()
-        compiled = compiled_products(weights) if device.type == "cpu" else {}
-        if compiled:  # where it computes in another dtype than the weights are stored in
-            contestants["compiled products"] = ours({**weights, **compiled}, config)
-        compile_s = time.perf_counter() - start
-        contestants["without compiling"] = ours(weights, config)
+        built = with_built_steps(weights, config, build=True) if device.type == "cpu" else weights
+        build_s = time.perf_counter() - start
+        if built is not weights:
+            contestants["built"] = ours(built, config)
+        contestants["not built"] = ours(weights, config)
         against = [other for other in args.against.split(",") if other]
         if "llama.cpp" in against:
-            contestants["llama.cpp BF16"] = in_llama_cpp(folder, config, args.threads)
+            file = path if path.is_file() else Path(name) / "model.gguf"
+            if file != path:
+                write_gguf(file, weights, config, args.format or "BF16")
+            contestants["llama.cpp"] = in_llama_cpp(file, config, args.threads)
         if "transformers" in against:
             contestants["transformers bfloat16"] = in_transformers(config, device)
         matrices = sum(
@@ -396,19 +414,26 @@ def main() -> None:
             for name, weight in weights.items()
             if weight.dim() == 2 and "embeddings" not in name
         )
+        stored = sum(
+            weight.nbytes
+            for name, weight in weights.items()
+            if weight.dim() == 2 and "embeddings" not in name
+        )
         kv_bytes = 2 * config.n_layers * config.n_kv_heads * config.head_dim
         record = {
             "command": " ".join(["python", "benchmarks/run.py", *sys.argv[1:]]),
-            "size": args.size,
+            "size": args.model.name if args.model else args.size,
+            "format": args.format,
             "processor": processor() if device.type == "cpu" else torch.cuda.get_device_name(),
             "threads": args.threads,
             "versions": f"Python {platform.python_version()}, PyTorch {torch.__version__}",
             "dtype": computed,
             "load_s": load_s,
-            "compile_s": compile_s,
+            "build_s": build_s,
             "machine": machine(device),
             "model": {
                 "matrices": matrices,
+                "stored": stored,
                 "output": config.vocab_size * config.dim,
                 "attention": 4 * config.dim * config.n_layers,
                 "cache": kv_bytes * weights["norm.weight"].itemsize,
@@ -420,12 +445,12 @@ def main() -> None:
         record["machine"]["bytes_s"] = max(record["machine"]["bytes_s"], after["bytes_s"])
         for name, rate in after["flop_s"].items():
             record["machine"]["flop_s"][name] = max(record["machine"]["flop_s"][name], rate)
-        stored = (folder / "consolidated.00.pth").stat().st_size
-        record["memory"]["of the checkpoint file (on disk)"] = stored
+        files = [path] if path.is_file() else path.glob("consolidated.*.pth")
+        record["memory"]["of the file (on disk)"] = sum(file.stat().st_size for file in files)
         if device.type == "cpu":
             for n, asked in ((128, "None"), (4096, "None"), (4096, "torch.float32")):
                 what = f"a prompt of {n} tokens" + (", float32" if "float32" in asked else "")
-                record["memory"][what] = peak_memory(folder, n, asked)
+                record["memory"][what] = peak_memory(path, n, asked)
     print(table(record))
     if args.record:
         records = json.loads(args.record.read_text()) if args.record.exists() else []

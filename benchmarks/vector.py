@@ -3,7 +3,7 @@
     python benchmarks/vector.py
 
 x @ w.T, as a whole sequence is multiplied; w @ x, PyTorch's matrix-vector product, which a Session
-takes for one token; and the compiled sum of cli/products.py, where the matrix has another dtype.
+takes for one token; and the sum of cli/step.py, as built, over the rows and over their quarters.
 The forms take turns; a line gives the median of each in GB of the matrix a second, and what it
 reaches of the fastest plain sum over as many bytes.
 """
@@ -11,6 +11,7 @@ reaches of the fastest plain sum over as many bytes.
 import statistics
 import sys
 import time
+import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,7 +21,7 @@ import torch  # noqa: E402
 from run import processor  # noqa: E402
 
 import llama3  # noqa: E402
-from cli.products import multiply_and_sum  # noqa: E402
+from cli import build, step  # noqa: E402
 
 ROWS, COLUMNS, TURNS = 32768, 2048, 15
 
@@ -37,7 +38,7 @@ def main() -> None:
     numbers = torch.ones(2**27)
     limit = numbers.nbytes / min(seconds(numbers.sum) for _ in range(TURNS)) / 1e9
     print(f"a plain sum reads {limit:.1f} GB/s")
-    compiled = torch.compile(multiply_and_sum, dynamic=False)
+    warnings.simplefilter("ignore")  # of the compiler
     for stored, computed in (
         ("bfloat16", "bfloat16"),
         ("float32", "float32"),
@@ -45,7 +46,11 @@ def main() -> None:
     ):
         w = torch.randn(ROWS, COLUMNS).to(llama3.DTYPES[stored])
         x = torch.randn(1, 1, COLUMNS).to(llama3.DTYPES[computed])
-        forms = {"x @ w.T": llama3.product, "compiled": compiled}
+        forms = {"x @ w.T": llama3.product}
+        for name, parts in (("built", w[None]), ("built, in quarters", step.in_quarters(w))):
+            part = step.matrix_part(w, x.dtype)._replace(weights=(parts,))
+            run = build.kept(part) or build.build(part)
+            forms[name] = lambda x, w, run=run, parts=parts: run([x, parts])[0]
         if stored == computed:
             forms["w @ x"] = lambda x, w: (w @ x.flatten()).view(1, 1, -1)
         times = {name: [] for name in forms}

@@ -11,10 +11,11 @@ from torch import Tensor
 
 import formats
 import llama3
-from cli import products, ranks
+from cli import ranks
 from cli.memory import check_memory
 from cli.messages import UsageError, bar, note
 from cli.sampling import Sampler
+from cli.step import with_built_steps
 from formats.errors import one_line
 from formats.source import Source
 from tokenizer_setup import Tokenizer, stop_tokens
@@ -88,9 +89,8 @@ class Model(NamedTuple):
             span = ranks.span_of(source.config, rank, n)
             loading = bar("loading", " tensors", delay=0.5)
             weights = source.load_weights(self.device, dtype, loading, span)
-            worth = products.worth_compiling(weights, self.device)
-            if args.compile or (args.compile is None and worth):
-                weights = products.with_compiled_products(weights)
+            if self.device.type == "cpu" and args.compile is not False:
+                weights = with_built_steps(weights, self.config, args.compile, layers=n == 1)
             return ranks.connected(weights, source.config, rank, n)
 
     def steps(

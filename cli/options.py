@@ -73,8 +73,8 @@ HELP = {
     "--stats": "end with a line of JSON on standard error",
     "--device": "cuda, cuda:N, mps or cpu; auto, the default, takes the first that is there",
     "--dtype": "dtype to compute in (default: the weights')",
-    "--compile": "compile the decode step's products with weights in another dtype (default: on a "
-    "CPU, for more than half a gigabyte of them)",
+    "--compile": "build the step of one token for this machine, which is then kept (default: on a "
+    "CPU, for more than half a gigabyte of weights)",
     "--threads": "CPU threads to compute with (default: one a core)",
 }
 

@@ -6,6 +6,7 @@ typed text, goes to all by one broadcast; only rank 0 has a voice.
 """
 
 import datetime
+import functools
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -18,7 +19,6 @@ from torch import Tensor
 
 import llama3
 from cli.messages import UsageError
-from cli.products import multiply
 from formats.errors import CheckpointError, one_line
 
 MEETING = datetime.timedelta(minutes=2)  # for all ranks to start
@@ -163,7 +163,7 @@ def connected(weights: llama3.Weights, config: llama3.Config, rank: int, n: int)
         return weights
 
     def times(w: Any) -> Callable[[Tensor], Tensor]:
-        return w if callable(w) else lambda x: multiply(x, w)
+        return w if callable(w) else functools.partial(llama3.product, w=w)
 
     def summed(product: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         def sum_over_ranks(x: Tensor) -> Tensor:

@@ -121,6 +121,17 @@ def peak_of(function):
     return peak_rss_bytes() - before
 
 
+@pytest.fixture(autouse=True, scope="session")
+def a_cache_of_their_own(tmp_path_factory):
+    """Tests neither use what their user has built nor leave anything there."""
+    with pytest.MonkeyPatch.context() as patch:
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        if "MPLCONFIGDIR" not in os.environ:  # matplotlib's list of fonts takes long to make
+            patch.setenv("MPLCONFIGDIR", str(Path(cache, "matplotlib")))
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def no_checkpoint_from_the_environment(monkeypatch):
     """Without --ckpt-dir the tests mean the demo, whatever model their user has at hand."""

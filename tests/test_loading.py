@@ -142,25 +142,39 @@ def test_on_another_device_every_weight_has_the_type_that_is_computed_in(checkpo
         assert {weight.device.type for weight in loaded.values()} == {"meta"}
 
 
-@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("multiplied", [(), ("bf16",), ("fp16",), ("bf16", "fp16"), None])
+@pytest.mark.parametrize(
+    ("supported", "able", "native"),
+    [
+        (("bf16",), {"avx512_bf16": True}, ["bfloat16"]),
+        (("bf16",), {"amx_bf16": True, "avx512_bf16": False}, ["bfloat16"]),
+        (("bf16",), {"avx512_f": True, "avx512_bf16": False}, []),  # converts, each time anew
+        (("bf16", "fp16"), {"avx512_fp16": True, "amx_bf16": True}, ["bfloat16", "float16"]),
+        (("bf16", "fp16"), {"bf16": True, "fp16_arith": True}, ["bfloat16", "float16"]),  # Arm
+        ((), {"avx512_bf16": True}, []),  # a build without oneDNN
+        (("bf16",), None, ["bfloat16"]),  # PyTorch does not say what the processor can
+        (None, {"avx512_bf16": True}, []),  # nor what oneDNN can
+    ],
+    ids=str,
+)
 def test_the_type_computed_in_is_the_stored_one_or_float32_where_it_has_no_products(
-    monkeypatch, stored, multiplied
+    monkeypatch, supported, able, native
 ):
-    """None: a build of PyTorch that cannot tell."""
     for name in ("bf16", "fp16"):
         check = f"_is_mkldnn_{name}_supported"
-        if multiplied is None:
+        if supported is None:
             monkeypatch.delattr(torch.ops.mkldnn, check, raising=False)
             monkeypatch.setattr(torch._ops._OpNamespace, "__getattr__", object.__getattribute__)
         else:
-            there = name in multiplied
+            there = name in supported
             monkeypatch.setattr(torch.ops.mkldnn, check, lambda there=there: there, raising=False)
-    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: None}
-    has = stored == torch.float32 or names[stored] in (multiplied or ())
-    expected = stored if has else torch.float32
-    assert llama3.default_dtype(stored, torch.device("cpu")) == expected
-    assert llama3.default_dtype(stored, torch.device("cuda")) == stored
+    if able is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
+    for name, stored in llama3.DTYPES.items():
+        expected = stored if name in (*native, "float32") else torch.float32
+        assert llama3.default_dtype(stored, torch.device("cpu")) == expected
+        assert llama3.default_dtype(stored, torch.device("cuda")) == stored
 
 
 @pytest.mark.parametrize("output", ["the embeddings", "left out"])

@@ -11,7 +11,7 @@ from program import SUM, refused, run_main, write_endless_model
 
 import llama3
 import tokenizer_setup
-from cli import products
+from cli import build
 from cli.complete import numbered
 from cli.messages import say_stats
 from cli.sampling import Sampler
@@ -280,13 +280,8 @@ def test_ctrl_c_keeps_what_was_written(capsys, monkeypatch, endless, options):
 def test_a_weight_that_is_not_finite_is_named(
     capsys, monkeypatch, folder, demo_weights, value, name, options
 ):
-    """Also where the program computes with functions, as with compiled products."""
-
-    def functions(weights):
-        matrices = products.matrices_of(weights)
-        return {key: lambda x, w=w: llama3.product(x, w) for key, w in matrices.items()}
-
-    monkeypatch.setattr(products, "compiled_products", functions)
+    """Also where the program computes with functions, as with steps that were built."""
+    monkeypatch.setattr(build, "build", lambda part: lambda inputs: [part.plain(*inputs)])
     torch.save(demo_weights | {name: demo_weights[name] * value}, folder / "consolidated.00.pth")
     out, err = run_main(capsys, *SUM, "--ckpt-dir", folder, *options, status=2)
     line = err.splitlines()[-1]

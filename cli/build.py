@@ -1,0 +1,158 @@
+"""Functions of tensors, built once for this machine and kept.
+
+torch.export traces a function, AOTInductor writes it as C++, and what a compiler makes of that is
+loaded by every later start in a millisecond, without the compiler. Before it is used, it is
+compared with the plain function.
+"""
+
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cli.messages import bar, note
+
+Run = Callable[[list[Tensor]], list[Tensor]]
+SOURCES = [
+    Path(__file__).parents[1] / name for name in ("llama3.py", "cli/build.py", "cli/step.py")
+]
+COMPILERS = "g++", "clang++", "cl"
+
+
+class Part(NamedTuple):
+    """A function of tensors to build, with inputs such as these."""
+
+    function: Callable[..., Tensor]  # as it is compiled
+    plain: Callable[..., Tensor]  # what it is compared with
+    inputs: tuple[Tensor, ...]
+    weights: tuple[Tensor, ...]  # further inputs, which it does not write to
+    open_sizes: tuple[dict[int, str], ...]  # which dimensions of them all may have another size
+    constants: str  # what else the function depends on
+
+
+@functools.cache
+def sources() -> str:
+    """The hash of all code that is traced or traces."""
+    code = [path.read_bytes() for path in SOURCES]
+    return hashlib.sha256(b"".join(code)).hexdigest()
+
+
+def key_of(part: Part) -> str:
+    """A name for what is built of a part: the same one where the same code comes out."""
+    sizes = [
+        (x.dtype, [open_sizes.get(i, n) for i, n in enumerate(x.shape)])
+        for x, open_sizes in zip(part.inputs + part.weights, part.open_sizes, strict=True)
+    ]
+    able = sorted(getattr(torch.cpu, "get_capabilities", dict)().items())
+    able = platform.machine(), torch.backends.cpu.get_cpu_capability(), able
+    made_by = torch.__version__, able, torch.get_num_threads(), sources()
+    return hashlib.sha256(repr((part.constants, sizes, made_by)).encode()).hexdigest()[:32]
+
+
+def file_name(key: str, content: bytes) -> str:
+    """The name of a file by its key and content: one that was damaged or renamed has another."""
+    return f"{key}-{hashlib.sha256(key.encode() + content).hexdigest()[:32]}.so"
+
+
+def folder(make: bool = False) -> Path:
+    """The folder in the user's cache where functions are kept. OSError if it is not safe."""
+    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama3"
+    if make:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = path.stat()
+    if os.name == "posix" and (found.st_uid != os.getuid() or found.st_mode & 0o022):
+        raise PermissionError(f"{path} belongs to others, or others can write to it")
+    return path
+
+
+def load(path: Path) -> Run:
+    """Load what was built; the public way, aoti_load_package, imports the compiler for it."""
+    return torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1).run
+
+
+def check(part: Part, run: Run) -> Run:
+    """Return `run` if it does what the plain function does, but for rounding; else ValueError."""
+    copies = [x.clone() for x in part.inputs]
+    found = [*run([*copies, *part.weights]), *copies]
+    for x, y in zip(found, [part.plain(*part.inputs, *part.weights), *part.inputs], strict=True):
+        tolerance = 0.0
+        if y.is_floating_point():
+            tolerance = max(1e-4, 4 * torch.finfo(y.dtype).eps) * y.nan_to_num(0, 0, 0).abs().max()
+        if not torch.allclose(x, y, rtol=0, atol=float(tolerance), equal_nan=True):
+            raise ValueError("what was built computes something else")
+    return run
+
+
+def kept(part: Part) -> Run | None:
+    """What was built of a part, if it is there and right."""
+    try:
+        for path in folder().glob(f"{key_of(part)}-*.so"):
+            if path.name == file_name(key_of(part), path.read_bytes()):
+                return check(part, load(path))
+    except Exception:  # no folder, or nothing that runs here
+        return None
+    return None
+
+
+def sum_of_products(x: Tensor, y: Tensor) -> Tensor:
+    """torch.bmm of a few rows, as it compiles to a loop: [B, m, k] @ [B, k, n] -> [B, m, n]."""
+    if y.stride(-1) == 1:
+        return (x.float()[..., None] * y.float()[:, None]).sum(2).to(x.dtype)
+    return (x.float()[:, :, None] * y.mT.float()[:, None]).sum(3).to(x.dtype)
+
+
+def build(part: Part) -> Run:
+    """Build a part and keep it. Raises whatever the compiler raises."""
+
+    def traced(*inputs: Tensor) -> Tensor:
+        return part.function(*inputs)
+
+    with tempfile.TemporaryDirectory(dir=folder(make=True)) as name:
+        inputs, graph = part.inputs + part.weights, torch.fx.Graph()
+        places = tuple(graph.placeholder(f"x{i}") for i in range(len(inputs)))
+        graph.output(graph.call_function(traced, places))  # of one call, which is traced into
+        size = functools.partial(torch.export.Dim, min=2)
+        sizes = tuple({i: size(name) for i, name in sizes.items()} for sizes in part.open_sizes)
+        module = torch.fx.GraphModule({}, graph)
+        exported = torch.export.export(module, inputs, dynamic_shapes=sizes)
+        table = torch.export.default_decompositions()
+        table[torch.ops.aten.bmm.default] = sum_of_products  # else a call, which costs more
+        exported = exported.run_decompositions(table)
+        options = {
+            "cpp.enable_floating_point_contract_flag": "fast",  # fused multiply and add
+            "realize_reads_threshold": 0,  # what several products read is computed once
+        }
+        package = torch._inductor.aoti_compile_and_package(
+            exported, package_path=f"{name}/function.pt2", inductor_configs=options
+        )
+        with zipfile.ZipFile(package) as archive:
+            library = next(entry for entry in archive.namelist() if entry.endswith(".so"))
+            content = archive.read(library)
+        Path(name, "function.so").write_bytes(content)
+        for old in folder().glob(f"{key_of(part)}-*.so"):  # damaged, or wrong
+            old.unlink(missing_ok=True)
+        path = Path(name, "function.so").replace(folder() / file_name(key_of(part), content))
+        return check(part, load(path))
+
+
+def runs_of(parts: Iterable[Part], wanted: bool) -> dict[str, Run]:
+    """What is built of parts, by key; what is not there yet is built now, if that is wanted."""
+    kinds = {key_of(part): part for part in parts}
+    runs = {key: kept(part) for key, part in kinds.items()}
+    missing = [key for key, run in runs.items() if run is None]
+    if missing and wanted:
+        if not any(map(shutil.which, (os.environ.get("CXX") or COMPILERS[0], *COMPILERS))):
+            raise RuntimeError("there is no C++ compiler (g++ or clang++)")
+        note("building the step of one token for this machine, which is done once")
+        for key in bar("building", " functions", delay=0.5)(missing):
+            runs[key] = build(kinds[key])
+    return {key: run for key, run in runs.items() if run is not None}
