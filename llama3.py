@@ -248,28 +248,33 @@ def repeat_heads(x: Tensor, times: int) -> Tensor:
     return x.transpose(-3, -2).repeat_interleave(times, dim=-2).transpose(-3, -2)
 
 
-SCORES_AT_ONCE = 2**22  # attention scores computed at a time
+SCORES_AT_ONCE = 2**21  # attention scores computed at a time
 
 
-def grouped_query_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+def grouped_query_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, exact: bool = True
+) -> Tensor:
     """Each query head gathers values; G neighbours share one head of them (Ainslie et al. 2023).
 
     q [..., K * G, T, d], k and v [..., K, L, d], mask [T, L] or [B, 1, T, L] -> [..., K * G, T, d].
-    Queries go through in blocks, so that there are about SCORES_AT_ONCE scores at a time.
+    Queries go through in blocks, so that there are about SCORES_AT_ONCE scores at a time. Without
+    `exact`, blocks leave out the keys after their own, which may change the last bit.
     """
     T, L = q.shape[-2], k.shape[-2]
     group = q.shape[-3] // k.shape[-3]
-    if T == L:  # a whole sequence: the reference's operations, to the last bit
-        k, v, group = repeat_heads(k, group), repeat_heads(v, group), 1
-    # Else the queries of a group are rows of one product, and k and v are not repeated.
     blocks = max(min(q[..., 0].numel() * L // SCORES_AT_ONCE + 1, T // 16), 1)
+    exact = exact or blocks == 1
+    if T == L and exact:  # a whole sequence: the reference's operations, to the last bit
+        k, v, group = repeat_heads(k, group), repeat_heads(v, group), 1
     out = torch.empty_like(q)  # to write to: a list of blocks would scatter the memory
     for i in range(blocks):
         part = slice(T * i // blocks, T * (i + 1) // blocks)
+        end = L if exact else int(mask[..., part, :].flatten(0, -2).any(0).nonzero()[-1]) + 1
+        # Unless they were repeated, a head of keys gets the queries of its group as rows.
         rows = q[..., part, :].unflatten(-3, (-1, group)).flatten(-3, -2)  # [..., K, G * T, d]
-        row_mask = torch.cat([mask[..., part, :]] * group, dim=-2)  # row g * T + t: head g
-        pattern = attention_pattern(rows, k, row_mask)
-        out[..., part, :] = (pattern @ v).unflatten(-2, (group, -1)).flatten(-4, -3)
+        row_mask = torch.cat([mask[..., part, :end]] * group, dim=-2)  # row g * T + t: head g
+        pattern = attention_pattern(rows, k[..., :end, :], row_mask)
+        out[..., part, :] = (pattern @ v[..., :end, :]).unflatten(-2, (group, -1)).flatten(-4, -3)
     return out
 
 
@@ -292,7 +297,7 @@ def attention(
     if cache is not None:
         k = cache[0].index_copy_(-2, positions, k)[..., : mask.shape[-1], :]
         v = cache[1].index_copy_(-2, positions, v)[..., : mask.shape[-1], :]
-    out = grouped_query_attention(q, k, v, mask)  # [..., n_heads, T, d]
+    out = grouped_query_attention(q, k, v, mask, exact=cache is None)  # [..., n_heads, T, d]
     return linear(out.transpose(-3, -2).flatten(-2), weights, f"layers.{layer}.attention.wo")
 
 
@@ -360,11 +365,6 @@ class Session:
         self.weights, self.config = weights, config
         self.tokens = torch.empty(batch, 0, dtype=torch.int64, device=weights["norm.weight"].device)
         self.cache = new_cache(weights, config, 0, [batch])
-        self._one_token = dict(weights)  # w @ x for a single token: as fast as memory is read
-        for name, w in weights.items():
-            plain = isinstance(w, Tensor) and w.dim() == 2 and w.dtype == self.cache.dtype
-            if plain and name != "tok_embeddings.weight":
-                self._one_token[name] = lambda x, w=w: (w @ x.flatten()).view(1, 1, -1)
 
     def reserve(self, length: int) -> None:
         """Make room for `length` tokens in all, if there is less."""
@@ -388,8 +388,7 @@ class Session:
             self.reserve(min(end + end // 2, max(end, self.config.max_seq_len)))
         positions = torch.arange(begin, end, device=tokens.device)
         where = {"positions": positions, "cache": self.cache[..., :end, :]}
-        weights = self._one_token if tokens.numel() == 1 else self.weights
-        logits = forward(tokens, weights, self.config, **where, **options)
+        logits = forward(tokens, self.weights, self.config, **where, **options)
         self.tokens = torch.cat([self.tokens, tokens], dim=1)
         return logits
 
@@ -468,7 +467,7 @@ def generate_batch(
         for step in range(1, n_new + 1):
             for part in blocks:
                 logits = session.read(part, starts=starts, last_only=True)[:, -1]
-            if not logits.isfinite().all():
+            if not torch.stack(logits.aminmax()).isfinite().all():
                 raise FloatingPointError(f"the logits of new token {step} are not finite")
             tokens = choose(logits[:, :n_vocab].clone())  # [B]
             ended |= torch.isin(tokens, stop)
@@ -595,11 +594,10 @@ def shards_of(files: Sequence[dict[str, Tensor]], config: Config) -> dict[str, l
 def default_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype that weights are stored in, or float32 on a CPU without native products in it."""
     name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(stored)
-    supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda: False)
-    able = getattr(torch.cpu, "get_capabilities", dict)()  # for x86 may convert each time instead
+    able = getattr(torch.cpu, "get_capabilities", dict)()  # oneDNN supports more, by conversions
     units = f"avx512_{name}", f"amx_{name}", name, f"{name}_arith"
-    native = supported() and (not able or any(able.get(unit) for unit in units))
-    return torch.float32 if device.type == "cpu" and name and not native else stored
+    native = device.type != "cpu" or not name or any(able.get(unit) for unit in units)
+    return stored if native else torch.float32
 
 
 def load_weights(

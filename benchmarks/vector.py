@@ -2,8 +2,8 @@
 
     python benchmarks/vector.py
 
-x @ w.T, as a whole sequence is multiplied; w @ x, PyTorch's matrix-vector product, which a Session
-takes for one token; and the sum of cli/step.py, as built, over the rows and over their quarters.
+x @ w.T, as llama3.py multiplies; w @ x, PyTorch's matrix-vector product; and the sum of cli/step.py,
+as built, over the rows and over their quarters.
 The forms take turns; a line gives the median of each in GB of the matrix a second, and what it
 reaches of the fastest plain sum over as many bytes.
 """

@@ -130,6 +130,7 @@ def build(part: Part) -> Run:
         options = {
             "cpp.enable_floating_point_contract_flag": "fast",  # fused multiply and add
             "realize_reads_threshold": 0,  # what several products read is computed once
+            "cpp.max_horizontal_fusion_size": 4,  # four quarters of a matrix in one loop, not eight
         }
         package = torch._inductor.aoti_compile_and_package(
             exported, package_path=f"{name}/function.pt2", inductor_configs=options

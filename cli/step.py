@@ -34,7 +34,7 @@ def multiply_and_sum(x: Tensor, w: Tensor) -> Tensor:
 
 def in_quarters(w: Tensor) -> Tensor:
     """The rows of a large matrix in four parts, read side by side: -> [4 or 1, rows, inputs]."""
-    return w.unflatten(0, (4 if w.numel() > 2**22 and len(w) % 4 == 0 else 1, -1))
+    return w.unflatten(0, (4 if w.numel() >= 2**20 and len(w) % 4 == 0 else 1, -1))
 
 
 def multiply(x: Tensor, w: Tensor) -> Tensor:

@@ -358,6 +358,29 @@ def test_a_batch_in_blocks_is_the_same(model, monkeypatch):
     assert chosen_tokens(prompts, model, max_new_tokens=9) == expected
 
 
+@pytest.mark.parametrize("lengths", [(70,), (70, 31, 5)], ids=len)
+def test_blocks_of_a_prompt_leave_out_the_keys_that_none_of_their_queries_sees(
+    model, monkeypatch, lengths
+):
+    """And the padding beside them, if a whole block is padding, sees itself alone."""
+    weights, config = model
+    rows = [random_tokens(config, n, seed=n) for n in lengths]
+    starts = torch.tensor([70 - n for n in lengths])
+    padded = torch.stack([torch.nn.functional.pad(row, (70 - len(row), 0)) for row in rows])
+    monkeypatch.setattr(llama3, "SCORES_AT_ONCE", 2000)
+    keys, pattern = [], llama3.attention_pattern
+    monkeypatch.setattr(
+        llama3, "attention_pattern", lambda q, k, m: keys.append(k.shape[-2]) or pattern(q, k, m)
+    )
+    session = llama3.Session(weights, config, batch=len(rows))
+    options = {"starts": starts} if len(rows) > 1 else {}
+    logits = torch.cat([session.read(part, **options) for part in padded.split([40, 30], 1)], 1)
+    assert keys[:2] == [20, 40]  # of the first layer, 40 tokens in two blocks
+    assert keys[-1] == 70
+    for row, found in zip(rows, logits, strict=True):
+        assert apart(found[70 - len(row) :], llama3.forward(row, weights, config)) < 3e-5
+
+
 def test_a_row_that_has_ended_gives_minus_one_until_all_have(model):
     prompts = [random_tokens(model[1], n, seed=n).tolist() for n in (5, 8)]
     alone = [[*llama3.generate(p, *model, max_new_tokens=12)] for p in prompts]
@@ -427,25 +450,6 @@ def test_a_session_gives_the_logits_of_the_whole_sequence_however_it_reads_it(
     assert session.rewind(tokens.tolist()) == 9
     assert apart(session.read(tokens[None, 9:])[0], whole[9:]) < tolerance
     assert session.tokens.tolist() == [tokens.tolist()]
-
-
-def test_a_step_multiplies_each_matrix_by_one_vector_and_a_prompt_by_many(model, watched):
-    """A function that is given instead of a matrix, and a matrix of another dtype, stay."""
-    function = {"output.weight": lambda x: x @ model[0]["output.weight"].T}
-    other = {"layers.0.attention.wq.weight": model[0]["layers.0.attention.wq.weight"].half()}
-    weights = model[0] | function | other
-    session = llama3.Session(weights, model[1])
-    session.read(torch.tensor([PROMPT]))
-    session.read(torch.tensor([[7]]))
-    prompt, step = (weights for _, weights, *_ in watched)
-    assert prompt is weights
-    assert step.keys() == weights.keys()
-    for name, w in weights.items():
-        if name in function | other or w.dim() == 1 or "embed" in name:
-            assert step[name] is w
-        else:
-            x = torch.linspace(-1, 1, w.shape[1])
-            assert torch.equal(step[name](x[None, None]), (w @ x)[None, None])
 
 
 def test_a_session_of_a_batch_gives_each_rows_logits(model):
