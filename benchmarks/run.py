@@ -448,7 +448,8 @@ def main() -> None:
         files = [path] if path.is_file() else path.glob("consolidated.*.pth")
         record["memory"]["of the file (on disk)"] = sum(file.stat().st_size for file in files)
         if device.type == "cpu":
-            for n, asked in ((128, "None"), (4096, "None"), (4096, "torch.float32")):
+            prompts = [(128, "None"), (4096, "None"), (4096, "torch.float32")]
+            for n, asked in prompts[:1] if args.size == "8b" else prompts:
                 what = f"a prompt of {n} tokens" + (", float32" if "float32" in asked else "")
                 record["memory"][what] = peak_memory(path, n, asked)
     print(table(record))

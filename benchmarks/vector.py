@@ -2,7 +2,7 @@
 
     python benchmarks/vector.py
 
-x @ w.T, as llama3.py multiplies; w @ x, PyTorch's matrix-vector product; and the sum of cli/step.py,
+x @ w.T, as llama3.py multiplies; w @ x, PyTorch's product for this; and the sum of cli/step.py,
 as built, over the rows and over their quarters.
 The forms take turns; a line gives the median of each in GB of the matrix a second, and what it
 reaches of the fastest plain sum over as many bytes.

@@ -12,7 +12,8 @@ import platform
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -110,13 +111,25 @@ def sum_of_products(x: Tensor, y: Tensor) -> Tensor:
     return (x.float()[:, :, None] * y.mT.float()[:, None]).sum(3).to(x.dtype)
 
 
+@contextmanager
+def compiling_in(name: str) -> Iterator[None]:
+    """Let PyTorch's compiler write to a folder, and not to one that many may know."""
+    before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = name
+    try:
+        yield
+    finally:
+        os.environ.pop("TORCHINDUCTOR_CACHE_DIR")
+        os.environ |= {"TORCHINDUCTOR_CACHE_DIR": before} if before is not None else {}
+
+
 def build(part: Part) -> Run:
     """Build a part and keep it. Raises whatever the compiler raises."""
 
     def traced(*inputs: Tensor) -> Tensor:
         return part.function(*inputs)
 
-    with tempfile.TemporaryDirectory(dir=folder(make=True)) as name:
+    with tempfile.TemporaryDirectory(dir=folder()) as name, compiling_in(name):
         inputs, graph = part.inputs + part.weights, torch.fx.Graph()
         places = tuple(graph.placeholder(f"x{i}") for i in range(len(inputs)))
         graph.output(graph.call_function(traced, places))  # of one call, which is traced into
@@ -131,6 +144,7 @@ def build(part: Part) -> Run:
             "cpp.enable_floating_point_contract_flag": "fast",  # fused multiply and add
             "realize_reads_threshold": 0,  # what several products read is computed once
             "cpp.max_horizontal_fusion_size": 4,  # four quarters of a matrix in one loop, not eight
+            "aot_inductor.precompile_headers": False,  # they would be used but once
         }
         package = torch._inductor.aoti_compile_and_package(
             exported, package_path=f"{name}/function.pt2", inductor_configs=options
@@ -153,7 +167,8 @@ def runs_of(parts: Iterable[Part], wanted: bool) -> dict[str, Run]:
     if missing and wanted:
         if not any(map(shutil.which, (os.environ.get("CXX") or COMPILERS[0], *COMPILERS))):
             raise RuntimeError("there is no C++ compiler (g++ or clang++)")
+        folder(make=True)
         note("building the step of one token for this machine, which is done once")
-        for key in bar("building", " functions", delay=0.5)(missing):
+        for key in bar("building", " functions", delay=0)(missing):
             runs[key] = build(kinds[key])
     return {key: run for key, run in runs.items() if run is not None}

