@@ -7,10 +7,12 @@ compared with the plain function.
 
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shutil
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -21,12 +23,12 @@ import torch
 from torch import Tensor
 
 from cli.messages import bar, note
+from formats.errors import one_line
 
 Run = Callable[[list[Tensor]], list[Tensor]]
 SOURCES = [
     Path(__file__).parents[1] / name for name in ("llama3.py", "cli/build.py", "cli/step.py")
 ]
-COMPILERS = "g++", "clang++", "cl"
 
 
 class Part(NamedTuple):
@@ -82,9 +84,9 @@ def load(path: Path) -> Run:
 
 def check(part: Part, run: Run) -> Run:
     """Return `run` if it does what the plain function does, but for rounding; else ValueError."""
-    copies = [x.clone() for x in part.inputs]
-    found = [*run([*copies, *part.weights]), *copies]
-    for x, y in zip(found, [part.plain(*part.inputs, *part.weights), *part.inputs], strict=True):
+    ours, plain = ([x.clone() for x in part.inputs] for _ in range(2))
+    found = [*run([*ours, *part.weights]), *ours]
+    for x, y in zip(found, [part.plain(*plain, *part.weights), *plain], strict=True):
         tolerance = 0.0
         if y.is_floating_point():
             tolerance = max(1e-4, 4 * torch.finfo(y.dtype).eps) * y.nan_to_num(0, 0, 0).abs().max()
@@ -104,6 +106,12 @@ def kept(part: Part) -> Run | None:
     return None
 
 
+def compiler() -> str | None:
+    """The C++ compiler, if there is one."""
+    names = os.environ.get("CXX"), "g++", "clang++"
+    return next((name for name in names if name and shutil.which(name)), None)
+
+
 def sum_of_products(x: Tensor, y: Tensor) -> Tensor:
     """torch.bmm of a few rows, as it compiles to a loop: [B, m, k] @ [B, k, n] -> [B, m, n]."""
     if y.stride(-1) == 1:
@@ -111,64 +119,95 @@ def sum_of_products(x: Tensor, y: Tensor) -> Tensor:
     return (x.float()[:, :, None] * y.mT.float()[:, None]).sum(3).to(x.dtype)
 
 
-@contextmanager
-def compiling_in(name: str) -> Iterator[None]:
-    """Let PyTorch's compiler write to a folder, and not to one that many may know."""
-    before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = name
-    try:
-        yield
-    finally:
-        os.environ.pop("TORCHINDUCTOR_CACHE_DIR")
-        os.environ |= {"TORCHINDUCTOR_CACHE_DIR": before} if before is not None else {}
-
-
-def build(part: Part) -> Run:
-    """Build a part and keep it. Raises whatever the compiler raises."""
+def compiled(part: Part, name: str) -> Path:
+    """Compile a part in a folder with a simple name: PyTorch's compiler does not quote it."""
 
     def traced(*inputs: Tensor) -> Tensor:
         return part.function(*inputs)
 
-    with tempfile.TemporaryDirectory(dir=folder()) as name, compiling_in(name):
-        inputs, graph = part.inputs + part.weights, torch.fx.Graph()
-        places = tuple(graph.placeholder(f"x{i}") for i in range(len(inputs)))
-        graph.output(graph.call_function(traced, places))  # of one call, which is traced into
-        size = functools.partial(torch.export.Dim, min=2)
-        sizes = tuple({i: size(name) for i, name in sizes.items()} for sizes in part.open_sizes)
-        module = torch.fx.GraphModule({}, graph)
-        exported = torch.export.export(module, inputs, dynamic_shapes=sizes)
-        table = torch.export.default_decompositions()
-        table[torch.ops.aten.bmm.default] = sum_of_products  # else a call, which costs more
-        exported = exported.run_decompositions(table)
-        options = {
-            "cpp.enable_floating_point_contract_flag": "fast",  # fused multiply and add
-            "realize_reads_threshold": 0,  # what several products read is computed once
-            "cpp.max_horizontal_fusion_size": 4,  # four quarters of a matrix in one loop, not eight
-            "aot_inductor.precompile_headers": False,  # they would be used but once
-        }
-        package = torch._inductor.aoti_compile_and_package(
-            exported, package_path=f"{name}/function.pt2", inductor_configs=options
-        )
-        with zipfile.ZipFile(package) as archive:
-            library = next(entry for entry in archive.namelist() if entry.endswith(".so"))
-            content = archive.read(library)
-        Path(name, "function.so").write_bytes(content)
-        for old in folder().glob(f"{key_of(part)}-*.so"):  # damaged, or wrong
+    inputs, graph = part.inputs + part.weights, torch.fx.Graph()
+    places = tuple(graph.placeholder(f"x{i}") for i in range(len(inputs)))
+    graph.output(graph.call_function(traced, places))  # of one call, which is traced into
+    size = functools.partial(torch.export.Dim, min=2)
+    sizes = tuple({i: size(dim) for i, dim in dims.items()} for dims in part.open_sizes)
+    exported = torch.export.export(torch.fx.GraphModule({}, graph), inputs, dynamic_shapes=sizes)
+    table = torch.export.default_decompositions()
+    table[torch.ops.aten.bmm.default] = sum_of_products  # else a call, which costs more
+    options = {
+        "cpp.cxx": (None, compiler()),
+        "cpp.enable_floating_point_contract_flag": "fast",  # fused multiply and add
+        "realize_reads_threshold": 0,  # what several products read is computed once
+        "cpp.max_horizontal_fusion_size": 4,  # four quarters of a matrix in one loop, not eight
+    }
+    package = torch._inductor.aoti_compile_and_package(
+        exported.run_decompositions(table),
+        package_path=f"{name}/{key_of(part)}.pt2",
+        inductor_configs=options,
+    )
+    with zipfile.ZipFile(package) as archive:
+        library = next(entry for entry in archive.namelist() if entry.endswith(".so"))
+        path = Path(name, f"{key_of(part)}.so")
+        path.write_bytes(archive.read(library))
+    return path
+
+
+def build(part: Part) -> Run:
+    """Build a part, check it and keep it. Raises whatever the compiler raises."""
+    home, before = folder(make=True), os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    with tempfile.TemporaryDirectory() as name:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = name  # else a folder that others may know
+        try:
+            path = compiled(part, name)
+        finally:
+            os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
+            os.environ |= {"TORCHINDUCTOR_CACHE_DIR": before} if before is not None else {}
+        run, content = check(part, load(path)), path.read_bytes()
+    with tempfile.NamedTemporaryFile(dir=home, delete=False) as file:
+        file.write(content)
+    new = home / file_name(key_of(part), content)
+    os.replace(file.name, new)
+    for old in home.glob(f"{key_of(part)}[-.]*"):  # damaged, wrong, or a note that it failed
+        if old != new:
             old.unlink(missing_ok=True)
-        path = Path(name, "function.so").replace(folder() / file_name(key_of(part), content))
-        return check(part, load(path))
+    return run
 
 
-def runs_of(parts: Iterable[Part], wanted: bool) -> dict[str, Run]:
-    """What is built of parts, by key; what is not there yet is built now, if that is wanted."""
+@contextmanager
+def silence() -> Iterator[None]:
+    """Without what the compiler has to say, which is for those who develop it."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.disable(before)
+
+
+def runs_of(parts: Iterable[Part], wanted: bool, again: bool = False) -> dict[str, Run]:
+    """What is built of parts, by key; what is not there yet is built now, if that is wanted.
+
+    again: also what could not be built before. A line on standard error says why something fails.
+    """
     kinds = {key_of(part): part for part in parts}
     runs = {key: kept(part) for key, part in kinds.items()}
     missing = [key for key, run in runs.items() if run is None]
-    if missing and wanted:
-        if not any(map(shutil.which, (os.environ.get("CXX") or COMPILERS[0], *COMPILERS))):
-            raise RuntimeError("there is no C++ compiler (g++ or clang++)")
-        folder(make=True)
-        note("building the step of one token for this machine, which is done once")
-        for key in bar("building", " functions", delay=0)(missing):
-            runs[key] = build(kinds[key])
+    try:
+        if missing and wanted:
+            home = folder(make=True)
+            if compiler() is None:
+                raise RuntimeError("there is no C++ compiler (g++ or clang++)")
+            if not again and any((home / f"{key}.failed").exists() for key in missing):
+                raise RuntimeError("that failed before; --compile tries it again")
+            note("building the step of one token for this machine, which is done once")
+            for key in bar("building", " functions", delay=0)(missing):
+                try:
+                    with silence():
+                        runs[key] = build(kinds[key])
+                except Exception:
+                    (home / f"{key}.failed").touch()
+                    raise
+    except Exception as error:  # it fails in many ways
+        reason = one_line(str(error).partition("\n")[0] or error)
+        note(f"the step of one token is not built, continuing without: {reason}")
     return {key: run for key, run in runs.items() if run is not None}

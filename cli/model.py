@@ -90,7 +90,9 @@ class Model(NamedTuple):
             loading = bar("loading", " tensors", delay=0.5)
             weights = source.load_weights(self.device, dtype, loading, span)
             if self.device.type == "cpu" and args.compile is not False:
-                weights = with_built_steps(weights, self.config, args.compile, layers=n == 1)
+                build = False if new < 2 or batch > 1 else None  # for single tokens of one text
+                build = args.compile or build
+                weights = with_built_steps(weights, self.config, build, layers=n == 1)
             return ranks.connected(weights, source.config, rank, n)
 
     def steps(

@@ -1,8 +1,6 @@
 """One token through the model: a layer as one function, built from llama3.block itself."""
 
 import functools
-import logging
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,8 +9,6 @@ from torch import Tensor
 
 import llama3
 from cli.build import Part, Run, key_of, runs_of
-from cli.messages import note
-from formats.errors import one_line
 
 BUILT_FROM_BYTES = 5e8  # of weights: below, building takes longer than it saves
 ROOM = 8  # positions in the cache that a layer is tried with
@@ -73,15 +69,15 @@ def layer_parts(weights: llama3.Weights, config: llama3.Config) -> dict[str, Par
     x = torch.randn(1, 1, config.dim, generator=generator).to(dtype)
     shape = 2, 1, config.n_kv_heads, ROOM, config.head_dim
     cache = torch.randn(shape, generator=generator).to(dtype)
-    positions = torch.tensor([ROOM - 3])
-    mask = llama3.causal_mask(positions, torch.arange(ROOM - 2))
+    positions = torch.tensor([ROOM - 4])
+    mask = llama3.causal_mask(positions, torch.arange(ROOM - 2))  # which hides one
     inputs = x, llama3.rope_rotations(positions, config), mask, positions, cache[0], cache[1]
     sizes = {}, {}, {1: "length"}, {}, {2: "room"}, {2: "room"}
     parts, constants = {}, config._replace(n_layers=1, vocab_size=1, max_seq_len=1)
     for layer in range(config.n_layers):
         start = f"layers.{layer}."
         own = {n.replace(start, "layers.0."): w for n, w in weights.items() if n.startswith(start)}
-        if all(isinstance(w, Tensor) for w in own.values()):
+        if all(isinstance(w, Tensor) and w.is_contiguous() for w in own.values()):
             forms = (
                 functools.partial(one_layer, names=[*own], config=constants, times=times)
                 for times in (multiply_and_sum, multiply)
@@ -132,26 +128,6 @@ def matrix_function(run: Run, w: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 @torch.inference_mode()
-def built(
-    weights: llama3.Weights, config: llama3.Config, wanted: bool, layers: bool
-) -> dict[str, Callable]:
-    """Functions for whole layers, if `layers`, and for the other matrices, by name in weights."""
-    parts = layer_parts(weights, config) if layers else {}
-    for name, w in weights.items():
-        layer, matrix = ".".join(name.split(".")[:2]), isinstance(w, Tensor) and w.dim() == 2
-        if matrix and layer not in parts and name != "tok_embeddings.weight":
-            parts[name] = matrix_part(w, weights["norm.weight"].dtype)
-    runs, functions = runs_of(parts.values(), wanted), {}
-    for name, part in parts.items():
-        run = runs.get(key_of(part))
-        if run and name in weights:
-            functions[name] = matrix_function(run, weights[name])
-        elif run:
-            layer = int(name.removeprefix("layers."))
-            functions[name] = layer_function(run, part, weights, layer, config)
-    return functions
-
-
 def with_built_steps(
     weights: llama3.Weights, config: llama3.Config, build: bool | None = None, layers: bool = True
 ) -> llama3.Weights:
@@ -162,13 +138,17 @@ def with_built_steps(
     """
     size = sum(w.nbytes for w in weights.values() if isinstance(w, Tensor))
     wanted = size > BUILT_FROM_BYTES if build is None else build
-    logging.disable(logging.ERROR)  # what the compiler has to say is for those who develop it
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            return {**weights, **built(weights, config, wanted, layers)}
-    except Exception as error:  # it fails in many ways
-        reason = one_line(str(error).partition("\n")[0] or error)
-        note(f"the step of one token is not built, continuing without: {reason}")
-        return weights
-    finally:
-        logging.disable(logging.NOTSET)
+    parts = layer_parts(weights, config) if layers else {}
+    for name, w in weights.items():
+        layer, matrix = ".".join(name.split(".")[:2]), isinstance(w, Tensor) and w.dim() == 2
+        if matrix and w.is_contiguous() and layer not in parts and "embed" not in name:
+            parts[name] = matrix_part(w, weights["norm.weight"].dtype)
+    runs, functions = runs_of(parts.values(), wanted, again=build is True), {}
+    for name, part in parts.items():
+        run = runs.get(key_of(part))
+        if run and name in weights:
+            functions[name] = matrix_function(run, weights[name])
+        elif run:
+            layer = int(name.removeprefix("layers."))
+            functions[name] = layer_function(run, part, weights, layer, config)
+    return {**weights, **functions}
