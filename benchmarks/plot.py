@@ -27,7 +27,7 @@ def main() -> None:
             axes.plot(lengths, times, "o-", label=name)
         read = record["model"]["cache"]
         limit = [
-            1000 * (2 * record["model"]["matrices"] + read * length) / record["machine"]["bytes_s"]
+            1000 * (record["model"]["stored"] + read * length) / record["machine"]["bytes_s"]
             for length in lengths
         ]
         axes.plot(lengths, limit, "k:", label="reading weights and cache once")

@@ -422,7 +422,7 @@ def main() -> None:
         kv_bytes = 2 * config.n_layers * config.n_kv_heads * config.head_dim
         record = {
             "command": " ".join(["python", "benchmarks/run.py", *sys.argv[1:]]),
-            "size": args.model.name if args.model else args.size,
+            "size": args.model.stem.split(".")[0] if args.model else args.size,
             "format": args.format,
             "processor": processor() if device.type == "cpu" else torch.cuda.get_device_name(),
             "threads": args.threads,
