@@ -14,8 +14,7 @@ import shutil
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -119,8 +118,8 @@ def sum_of_products(x: Tensor, y: Tensor) -> Tensor:
     return (x.float()[:, :, None] * y.mT.float()[:, None]).sum(3).to(x.dtype)
 
 
-def compiled(part: Part, name: str) -> Path:
-    """Compile a part in a folder with a simple name: PyTorch's compiler does not quote it."""
+def compiled(part: Part, name: str) -> bytes:
+    """A part as a library, compiled in a folder whose name has no spaces: it is not quoted."""
 
     def traced(*inputs: Tensor) -> Tensor:
         return part.function(*inputs)
@@ -145,43 +144,31 @@ def compiled(part: Part, name: str) -> Path:
         inductor_configs=options,
     )
     with zipfile.ZipFile(package) as archive:
-        library = next(entry for entry in archive.namelist() if entry.endswith(".so"))
-        path = Path(name, f"{key_of(part)}.so")
-        path.write_bytes(archive.read(library))
-    return path
+        return archive.read(next(name for name in archive.namelist() if name.endswith(".so")))
 
 
 def build(part: Part) -> Run:
     """Build a part, check it and keep it. Raises whatever the compiler raises."""
     home, before = folder(make=True), os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    with tempfile.TemporaryDirectory() as name:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = name  # else a folder that others may know
-        try:
-            path = compiled(part, name)
-        finally:
-            os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
-            os.environ |= {"TORCHINDUCTOR_CACHE_DIR": before} if before is not None else {}
-        run, content = check(part, load(path)), path.read_bytes()
-    with tempfile.NamedTemporaryFile(dir=home, delete=False) as file:
-        file.write(content)
+    logging.disable(logging.ERROR)  # what the compiler has to say is for those who develop it
+    try:
+        with tempfile.TemporaryDirectory() as name, warnings.catch_warnings(action="ignore"):
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = name  # else a folder that others may know
+            content = compiled(part, name)
+    finally:
+        logging.disable(logging.NOTSET)
+        os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
+        os.environ |= {} if before is None else {"TORCHINDUCTOR_CACHE_DIR": before}
     new = home / file_name(key_of(part), content)
-    os.replace(file.name, new)
+    with tempfile.TemporaryDirectory(dir=home) as name:
+        path = Path(name, new.name)
+        path.write_bytes(content)
+        run = check(part, load(path))
+        path.replace(new)
     for old in home.glob(f"{key_of(part)}[-.]*"):  # damaged, wrong, or a note that it failed
         if old != new:
             old.unlink(missing_ok=True)
     return run
-
-
-@contextmanager
-def silence() -> Iterator[None]:
-    """Without what the compiler has to say, which is for those who develop it."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        logging.disable(before)
 
 
 def runs_of(parts: Iterable[Part], wanted: bool, again: bool = False) -> dict[str, Run]:
@@ -202,8 +189,7 @@ def runs_of(parts: Iterable[Part], wanted: bool, again: bool = False) -> dict[st
             note("building the step of one token for this machine, which is done once")
             for key in bar("building", " functions", delay=0)(missing):
                 try:
-                    with silence():
-                        runs[key] = build(kinds[key])
+                    runs[key] = build(kinds[key])
                 except Exception:
                     (home / f"{key}.failed").touch()
                     raise

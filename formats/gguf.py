@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from formats.blocks import DEQUANTIZE
 from formats.errors import CheckpointError, describe_file, one_line, read_file, refuse
 from formats.huggingface import scaling_params
 from formats.source import KEYS, NAMES, Source, Stored, config_of, in_metas_order, renamed, summary
@@ -25,7 +26,7 @@ to_metas_name = functools.partial(renamed, names=METAS_NAMES, layers="layers")
 to_gguf_name = functools.partial(renamed, names=GGUF_NAMES, layers="blk")
 GGUF_KEYS = {metas: there for metas, (_, there) in KEYS.items()} | {"rope_theta": "rope.freq_base"}
 DTYPES = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}  # those that are mapped
-DEQUANTIZED_AT_ONCE = 2**22  # elements
+DEQUANTIZED_AT_ONCE = 2**18  # numbers, which fit in the processor's cache
 
 
 _SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
@@ -105,12 +106,16 @@ def dequantized(raw: np.ndarray, kind: Any, shape: tuple[int, ...]) -> Tensor:
     """A bfloat16 copy of quantized rows, some of them at a time."""
     import gguf
 
-    tensor = torch.empty(shape, dtype=torch.bfloat16)
-    rows, flat = max(DEQUANTIZED_AT_ONCE // shape[-1], 1), tensor.view(-1, shape[-1])
-    for start in range(0, len(flat), rows):
+    tensor, (numbers, size) = torch.empty(shape, dtype=torch.bfloat16), gguf.GGML_QUANT_SIZES[kind]
+    at_once, blocks = DEQUANTIZED_AT_ONCE // numbers, tensor.view(-1, numbers)
+    for start in range(0, len(blocks), at_once):
+        part = raw[start * size : (start + at_once) * size].reshape(-1, size)
+        if kind.name in DEQUANTIZE:
+            blocks[start : start + at_once] = DEQUANTIZE[kind.name](torch.from_numpy(part))
+            continue
         with np.errstate(all="ignore"):  # infinite scales are found when they are computed with
-            part = gguf.quants.dequantize(raw[start : start + rows], kind)
-        flat[start : start + rows] = torch.from_numpy(part)
+            found = gguf.quants.dequantize(part, kind)
+        blocks[start : start + at_once] = torch.from_numpy(found)
     return tensor
 
 
@@ -128,13 +133,12 @@ def gguf_tensors(path: Path, places: Places) -> dict[str, Stored]:
             mapped = torch.from_numpy(raw).view(dtype).view(shape)
             return Stored(shape, dtype, lambda: [mapped], stored_as=kind.name)
         try:
-            gguf.quants.dequantize(np.zeros((1, block_bytes), dtype=np.uint8), kind)
+            dequantized(np.zeros(block_bytes, dtype=np.uint8), kind, (block,))
         except NotImplementedError:
             expected = "F32, F16, BF16 or a type that the gguf package dequantizes"
             problem = f"{one_line(name, 80)} is of type {kind.name}, expected {expected}"
             raise CheckpointError(path, problem) from None
-        rows = raw.reshape(-1, shape[-1] // block * block_bytes)
-        load = functools.partial(dequantized, rows, kind, shape)
+        load = functools.partial(dequantized, raw, kind, shape)
         return Stored(shape, torch.bfloat16, lambda: [load()], is_copy=True, stored_as=kind.name)
 
     return {name: entry(name, *place) for name, place in places.items()}
