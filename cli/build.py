@@ -12,9 +12,11 @@ import os
 import platform
 import shutil
 import tempfile
+import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,22 +88,20 @@ def check(part: Part, run: Run) -> Run:
     ours, plain = ([x.clone() for x in part.inputs] for _ in range(2))
     found = [*run([*ours, *part.weights]), *ours]
     for x, y in zip(found, [part.plain(*plain, *part.weights), *plain], strict=True):
-        tolerance = 0.0
         if y.is_floating_point():
-            tolerance = max(1e-4, 4 * torch.finfo(y.dtype).eps) * y.nan_to_num(0, 0, 0).abs().max()
-        if not torch.allclose(x, y, rtol=0, atol=float(tolerance), equal_nan=True):
-            raise ValueError("what was built computes something else")
+            near = max(1e-4, 4 * torch.finfo(y.dtype).eps) * y.nan_to_num(0, 0, 0).abs().max()
+            if not torch.allclose(x, y, rtol=0, atol=near.item(), equal_nan=True):
+                raise ValueError("what was built computes something else")
     return run
 
 
 def kept(part: Part) -> Run | None:
     """What was built of a part, if it is there and right."""
-    try:
+    with suppress(OSError, RuntimeError):  # there is no folder, or no home
         for path in folder().glob(f"{key_of(part)}-*.so"):
-            if path.name == file_name(key_of(part), path.read_bytes()):
-                return check(part, load(path))
-    except Exception:  # no folder, or nothing that runs here
-        return None
+            with suppress(Exception):  # or nothing that runs here
+                if path.is_file() and path.name == file_name(key_of(part), path.read_bytes()):
+                    return check(part, load(path))
     return None
 
 
@@ -150,6 +150,7 @@ def compiled(part: Part, name: str) -> bytes:
 def build(part: Part) -> Run:
     """Build a part, check it and keep it. Raises whatever the compiler raises."""
     home, before = folder(make=True), os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    useless = [*home.glob(f"{key_of(part)}[-.]*")]  # damaged, wrong, or a mark that it failed
     logging.disable(logging.ERROR)  # what the compiler has to say is for those who develop it
     try:
         with tempfile.TemporaryDirectory() as name, warnings.catch_warnings(action="ignore"):
@@ -165,9 +166,9 @@ def build(part: Part) -> Run:
         path.write_bytes(content)
         run = check(part, load(path))
         path.replace(new)
-    for old in home.glob(f"{key_of(part)}[-.]*"):  # damaged, wrong, or a note that it failed
-        if old != new:
-            old.unlink(missing_ok=True)
+    for old in useless:
+        with suppress(OSError):
+            old.unlink()
     return run
 
 
@@ -184,16 +185,19 @@ def runs_of(parts: Iterable[Part], wanted: bool, again: bool = False) -> dict[st
             home = folder(make=True)
             if compiler() is None:
                 raise RuntimeError("there is no C++ compiler (g++ or clang++)")
-            if not again and any((home / f"{key}.failed").exists() for key in missing):
-                raise RuntimeError("that failed before; --compile tries it again")
+            marks, yesterday = [home / f"{key}.failed" for key in missing], time.time() - 86400
+            if not again and any(m.exists() and m.stat().st_mtime > yesterday for m in marks):
+                raise RuntimeError("that failed today; --compile tries it again")
             note("building the step of one token for this machine, which is done once")
             for key in bar("building", " functions", delay=0)(missing):
                 try:
                     runs[key] = build(kinds[key])
-                except Exception:
-                    (home / f"{key}.failed").touch()
+                except Exception as error:
+                    if not isinstance(error, OSError):
+                        (home / f"{key}.failed").touch()
                     raise
     except Exception as error:  # it fails in many ways
-        reason = one_line(str(error).partition("\n")[0] or error)
+        text = str(error).partition("Output:\n")[2] or str(error)  # the compiler's own words
+        reason = one_line(text.strip().partition("\n")[0] or error)
         note(f"the step of one token is not built, continuing without: {reason}")
     return {key: run for key, run in runs.items() if run is not None}

@@ -90,8 +90,7 @@ class Model(NamedTuple):
             loading = bar("loading", " tensors", delay=0.5)
             weights = source.load_weights(self.device, dtype, loading, span)
             if self.device.type == "cpu" and args.compile is not False:
-                build = False if new < 2 or batch > 1 else None  # for single tokens of one text
-                build = args.compile or build
+                build = args.compile or (None if new > 1 and batch == 1 else False)
                 weights = with_built_steps(weights, self.config, build, layers=n == 1)
             return ranks.connected(weights, source.config, rank, n)
 

@@ -82,9 +82,8 @@ def layer_parts(weights: llama3.Weights, config: llama3.Config) -> dict[str, Par
                 functools.partial(one_layer, names=[*own], config=constants, times=times)
                 for times in (multiply_and_sum, multiply)
             )
-            sizes_of_all = (*sizes, *[{}] * len(own))
-            about = repr((constants, [*own]))
-            parts[start[:-1]] = Part(*forms, inputs, (*own.values(),), sizes_of_all, about)
+            about, open_sizes = repr((constants, [*own])), (*sizes, *[{}] * len(own))
+            parts[start[:-1]] = Part(*forms, inputs, (*own.values(),), open_sizes, about)
     return parts
 
 
@@ -105,7 +104,8 @@ def layer_function(
     def step(x: Tensor, *where: Any) -> Tensor:
         rotations, mask, positions, cache = where
         single = x.shape[:-1] == (1, 1) and mask.dim() == 2 and mask.shape[1] > 1
-        if not single or cache is None or torch.is_grad_enabled():
+        whole = cache is not None and cache.storage_offset() % cache.stride(-3) == 0
+        if not single or not whole or torch.is_grad_enabled():
             return llama3.block(x, weights, layer, config, *where)
         room = cache.stride(2) // d  # of all of the cache, which this is the beginning of
         strides = heads * room * d, room * d, d, 1
@@ -136,14 +136,13 @@ def with_built_steps(
     build: whether to build what is not there yet; None: if there are enough weights. What is there
     is always used. layers: whole layers, else every matrix by itself.
     """
-    size = sum(w.nbytes for w in weights.values() if isinstance(w, Tensor))
-    wanted = size > BUILT_FROM_BYTES if build is None else build
+    large = sum(w.nbytes for w in weights.values() if isinstance(w, Tensor)) > BUILT_FROM_BYTES
     parts = layer_parts(weights, config) if layers else {}
     for name, w in weights.items():
         layer, matrix = ".".join(name.split(".")[:2]), isinstance(w, Tensor) and w.dim() == 2
         if matrix and w.is_contiguous() and layer not in parts and "embed" not in name:
             parts[name] = matrix_part(w, weights["norm.weight"].dtype)
-    runs, functions = runs_of(parts.values(), wanted, again=build is True), {}
+    runs, functions = runs_of(parts.values(), large if build is None else build, bool(build)), {}
     for name, part in parts.items():
         run = runs.get(key_of(part))
         if run and name in weights:

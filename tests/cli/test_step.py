@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import os
 import shutil
 import warnings
 import zipfile
@@ -224,6 +225,8 @@ def test_what_is_no_single_token_with_a_cache_is_computed_by_the_plain_layer(
         assert same(torch.tensor([[5], [7]]), positions=torch.tensor([3]), cache=cache)
         cache = llama3.new_cache(weights32, demo_config, 4)  # without a dimension for the batch
         assert same(torch.tensor([5]), positions=torch.tensor([3]), cache=cache)
+        cache = llama3.new_cache(weights32, demo_config, 6, [1])[..., 2:, :]  # not its beginning
+        assert same(torch.tensor([[5]]), positions=torch.tensor([3]), cache=cache)
 
 
 def test_gradients_do_not_go_through_what_was_built(built_weights, demo_config):
@@ -292,6 +295,16 @@ def test_a_file_that_is_not_what_was_built_is_not_used(layer_part, kept, monkeyp
     assert len(loaded) == (damage == "of another layer")
 
 
+def test_what_else_is_in_the_folder_is_passed_over(layer_part, kept):
+    """A folder and a pipe, which would never end, by the names of libraries."""
+    key = build.key_of(layer_part)
+    (kept.parent / f"{key}-0.so").mkdir()
+    os.mkfifo(kept.parent / f"{key}-1.so")
+    (kept.parent / f"{key}-2.so").write_bytes(b"damaged")
+    with torch.inference_mode():
+        assert build.kept(layer_part)
+
+
 @pytest.fixture
 def compiler(monkeypatch, library):
     """In the place of the compiler: what it made of the demo's layer before, never the same."""
@@ -347,7 +360,8 @@ def test_processes_that_build_at_once_do_not_harm_each_other(
         for run in runs:
             build.check(layer_part, run)
         assert build.kept(layer_part)
-    assert len([*cache.iterdir()]) == 1
+    for path in cache.iterdir():
+        assert path.name == build.file_name(build.key_of(layer_part), path.read_bytes())
 
 
 # --- where that fails -----------------------------------------------------------------------------
@@ -396,10 +410,14 @@ def test_a_compiler_that_fails_is_told_in_one_line_and_tried_again_if_asked_for(
         assert (out, err) == ("25.", f"{BUILDING}{FAILED}the compiler is ill\n")
     assert len(tried) == 2
     monkeypatch.setattr(step, "BUILT_FROM_BYTES", 10**6)
-    line = f"{FAILED}that failed before; --compile tries it again\n"
+    line = f"{FAILED}that failed today; --compile tries it again\n"
     assert run_main(capsys, *CPU32) == ("25.", line)
     assert len(tried) == 2
-    assert [path.suffix for path in cache.iterdir()] == [".failed"]
+    (mark,) = cache.iterdir()
+    assert mark.suffix == ".failed"
+    os.utime(mark, (0, 0))  # a day later
+    assert "the compiler is ill" in run_main(capsys, *CPU32)[1]
+    assert len(tried) == 3
     assert logging.getLogger("torch._inductor").isEnabledFor(logging.ERROR)
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compiler)
     err = run_main(capsys, *CPU32, "--compile")[1]  # the output's part is not what comes
