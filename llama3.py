@@ -93,7 +93,9 @@ def config_from_params(params: Mapping[str, Any]) -> Config:
     if n_heads % n_kv_heads:
         raise ValueError(f'"n_kv_heads": found {n_kv_heads}, expected a divisor of {n_heads}')
     if not isinstance(scaled, bool) or ("rope_scaling_factor" in given and not scaled):
-        raise ValueError(f'"use_scaled_rope": found {scaled!r}, expected a boolean, true if scaled')
+        raise ValueError(
+            f'"use_scaled_rope": found {scaled!r}, expected a boolean, true with factor'
+        )
     # SwiGLU's width, roughly 8/3 dim (llama3/model.py in llama-models).
     width = int(number("ffn_dim_multiplier", 1, 0.01, 100, Real) * int(2 * 4 * dim / 3))
     width = math.ceil(width / number("multiple_of", 256)) * number("multiple_of", 256)

@@ -398,7 +398,7 @@ def main() -> None:
         start = time.perf_counter()
         built = with_built_steps(weights, config, build=True) if device.type == "cpu" else weights
         build_s = time.perf_counter() - start
-        if built is not weights:
+        if any(map(callable, built.values())):  # else it could not be built
             contestants["built"] = ours(built, config)
         contestants["not built"] = ours(weights, config)
         against = [other for other in args.against.split(",") if other]
@@ -409,16 +409,7 @@ def main() -> None:
             contestants["llama.cpp"] = in_llama_cpp(file, config, args.threads)
         if "transformers" in against:
             contestants["transformers bfloat16"] = in_transformers(config, device)
-        matrices = sum(
-            weight.numel()
-            for name, weight in weights.items()
-            if weight.dim() == 2 and "embeddings" not in name
-        )
-        stored = sum(
-            weight.nbytes
-            for name, weight in weights.items()
-            if weight.dim() == 2 and "embeddings" not in name
-        )
+        matrices = [w for name, w in weights.items() if w.dim() == 2 and "embed" not in name]
         kv_bytes = 2 * config.n_layers * config.n_kv_heads * config.head_dim
         record = {
             "command": " ".join(["python", "benchmarks/run.py", *sys.argv[1:]]),
@@ -432,8 +423,8 @@ def main() -> None:
             "build_s": build_s,
             "machine": machine(device),
             "model": {
-                "matrices": matrices,
-                "stored": stored,
+                "matrices": sum(w.numel() for w in matrices),
+                "stored": sum(w.nbytes for w in matrices),
                 "output": config.vocab_size * config.dim,
                 "attention": 4 * config.dim * config.n_layers,
                 "cache": kv_bytes * weights["norm.weight"].itemsize,

@@ -27,9 +27,6 @@ from cli.messages import bar, note
 from formats.errors import one_line
 
 Run = Callable[[list[Tensor]], list[Tensor]]
-SOURCES = [
-    Path(__file__).parents[1] / name for name in ("llama3.py", "cli/build.py", "cli/step.py")
-]
 
 
 class Part(NamedTuple):
@@ -46,7 +43,8 @@ class Part(NamedTuple):
 @functools.cache
 def sources() -> str:
     """The hash of all code that is traced or traces."""
-    code = [path.read_bytes() for path in SOURCES]
+    names = "llama3.py", "cli/build.py", "cli/step.py"
+    code = [(Path(__file__).parents[1] / name).read_bytes() for name in names]
     return hashlib.sha256(b"".join(code)).hexdigest()
 
 
@@ -97,10 +95,11 @@ def check(part: Part, run: Run) -> Run:
 
 def kept(part: Part) -> Run | None:
     """What was built of a part, if it is there and right."""
+    key = key_of(part)
     with suppress(OSError, RuntimeError):  # there is no folder, or no home
-        for path in folder().glob(f"{key_of(part)}-*.so"):
+        for path in folder().glob(f"{key}-*.so"):
             with suppress(Exception):  # or nothing that runs here
-                if path.is_file() and path.name == file_name(key_of(part), path.read_bytes()):
+                if path.is_file() and path.name == file_name(key, path.read_bytes()):
                     return check(part, load(path))
     return None
 
@@ -140,7 +139,7 @@ def compiled(part: Part, name: str) -> bytes:
     }
     package = torch._inductor.aoti_compile_and_package(
         exported.run_decompositions(table),
-        package_path=f"{name}/{key_of(part)}.pt2",
+        package_path=f"{name}/function.pt2",
         inductor_configs=options,
     )
     with zipfile.ZipFile(package) as archive:
@@ -149,8 +148,8 @@ def compiled(part: Part, name: str) -> bytes:
 
 def build(part: Part) -> Run:
     """Build a part, check it and keep it. Raises whatever the compiler raises."""
-    home, before = folder(make=True), os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    useless = [*home.glob(f"{key_of(part)}[-.]*")]  # damaged, wrong, or a mark that it failed
+    key, home, before = key_of(part), folder(make=True), os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    useless = [*home.glob(f"{key}[-.]*")]  # damaged, wrong, or a mark that it failed
     logging.disable(logging.ERROR)  # what the compiler has to say is for those who develop it
     try:
         with tempfile.TemporaryDirectory() as name, warnings.catch_warnings(action="ignore"):
@@ -160,7 +159,7 @@ def build(part: Part) -> Run:
         logging.disable(logging.NOTSET)
         os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
         os.environ |= {} if before is None else {"TORCHINDUCTOR_CACHE_DIR": before}
-    new = home / file_name(key_of(part), content)
+    new = home / file_name(key, content)
     with tempfile.TemporaryDirectory(dir=home) as name:
         path = Path(name, new.name)
         path.write_bytes(content)

@@ -67,11 +67,10 @@ def layer_parts(weights: llama3.Weights, config: llama3.Config) -> dict[str, Par
     """The layers of a model, "layers.0" and so on, as parts to build."""
     generator, dtype = torch.Generator().manual_seed(0), weights["norm.weight"].dtype
     x = torch.randn(1, 1, config.dim, generator=generator).to(dtype)
-    shape = 2, 1, config.n_kv_heads, ROOM, config.head_dim
-    cache = torch.randn(shape, generator=generator).to(dtype)
+    cache = torch.randn(2, 1, config.n_kv_heads, ROOM, config.head_dim, generator=generator)
     positions = torch.tensor([ROOM - 4])
     mask = llama3.causal_mask(positions, torch.arange(ROOM - 2))  # which hides one
-    inputs = x, llama3.rope_rotations(positions, config), mask, positions, cache[0], cache[1]
+    inputs = x, llama3.rope_rotations(positions, config), mask, positions, *cache.to(dtype)
     sizes = {}, {}, {1: "length"}, {}, {2: "room"}, {2: "room"}
     parts, constants = {}, config._replace(n_layers=1, vocab_size=1, max_seq_len=1)
     for layer in range(config.n_layers):
@@ -107,7 +106,7 @@ def layer_function(
         whole = cache is not None and cache.storage_offset() % cache.stride(-3) == 0
         if not single or not whole or torch.is_grad_enabled():
             return llama3.block(x, weights, layer, config, *where)
-        room = cache.stride(2) // d  # of all of the cache, which this is the beginning of
+        room = cache.stride(-3) // d  # of all of the cache, which this is the beginning of
         strides = heads * room * d, room * d, d, 1
         keys, values = (half.as_strided((1, heads, room, d), strides) for half in cache)
         return run([x, rotations, mask, positions, keys, values, *part.weights])[0]

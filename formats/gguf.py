@@ -108,14 +108,14 @@ def dequantized(raw: np.ndarray, kind: Any, shape: tuple[int, ...]) -> Tensor:
 
     tensor, (numbers, size) = torch.empty(shape, dtype=torch.bfloat16), gguf.GGML_QUANT_SIZES[kind]
     at_once, blocks = DEQUANTIZED_AT_ONCE // numbers, tensor.view(-1, numbers)
-    for start in range(0, len(blocks), at_once):
-        part = raw[start * size : (start + at_once) * size].reshape(-1, size)
-        if kind.name in DEQUANTIZE:
-            blocks[start : start + at_once] = DEQUANTIZE[kind.name](torch.from_numpy(part))
-            continue
-        with np.errstate(all="ignore"):  # infinite scales are found when they are computed with
-            found = gguf.quants.dequantize(part, kind)
-        blocks[start : start + at_once] = torch.from_numpy(found)
+    with np.errstate(all="ignore"):  # infinite scales are found when they are computed with
+        for start in range(0, len(blocks), at_once):
+            part = raw[start * size : (start + at_once) * size].reshape(-1, size)
+            if kind.name in DEQUANTIZE:
+                found = DEQUANTIZE[kind.name](torch.from_numpy(part))
+            else:
+                found = torch.from_numpy(gguf.quants.dequantize(part, kind))
+            blocks[start : start + at_once] = found
     return tensor
 
 
