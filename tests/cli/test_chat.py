@@ -356,7 +356,7 @@ def test_a_conversation_on_a_terminal(tmp_path):
 
     # An answer without end, to be stopped: the one to "stop me" waits until it is.
     code = f"""if True:
-        import signal, sys, threading
+        import signal, sys
         signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.path.insert(0, {str(ROOT)!r})
         from cli.chat import Chat
@@ -367,7 +367,8 @@ def test_a_conversation_on_a_terminal(tmp_path):
                 yield from answer(self, text)
                 return
             yield "waiting"
-            threading.Event().wait()
+            while True:  # a wait in the system could begin just after the signal, and miss it
+                pass
         Chat.answer = patched
         sys.exit(main({DEMO_CHAT!r}))"""
     process, terminal = pty.fork()
