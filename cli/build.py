@@ -27,6 +27,7 @@ from cli.messages import bar, note
 from formats.errors import one_line
 
 Run = Callable[[list[Tensor]], list[Tensor]]
+BUILT_FROM_BYTES = 5e8  # of weights: below, building takes longer than it saves
 
 
 class Part(NamedTuple):
@@ -43,7 +44,7 @@ class Part(NamedTuple):
 @functools.cache
 def sources() -> str:
     """The hash of all code that is traced or traces."""
-    names = "llama3.py", "cli/build.py", "cli/step.py"
+    names = "llama3.py", "cli/build.py", "cli/step.py", "cli/words.py"
     code = [(Path(__file__).parents[1] / name).read_bytes() for name in names]
     return hashlib.sha256(b"".join(code)).hexdigest()
 
@@ -137,6 +138,10 @@ def compiled(part: Part, name: str) -> bytes:
         "realize_reads_threshold": 0,  # what several products read is computed once
         "cpp.max_horizontal_fusion_size": 4,  # four quarters of a matrix in one loop, not eight
     }
+    options["unroll_reductions_threshold"] = 9  # sums of up to 8 numbers are written out
+    for limit in ("opcount", "acc_reads", "cpu_opcount", "cpu_acc_reads"):
+        if hasattr(torch._inductor.config, f"realize_{limit}_threshold"):
+            options[f"realize_{limit}_threshold"] = 10**6  # one loop, however long it is
     package = torch._inductor.aoti_compile_and_package(
         exported.run_decompositions(table),
         package_path=f"{name}/function.pt2",
@@ -171,10 +176,13 @@ def build(part: Part) -> Run:
     return run
 
 
-def runs_of(parts: Iterable[Part], wanted: bool, again: bool = False) -> dict[str, Run]:
+def runs_of(
+    parts: Iterable[Part], wanted: bool, again: bool = False, what: str = "the step of one token"
+) -> dict[str, Run]:
     """What is built of parts, by key; what is not there yet is built now, if that is wanted.
 
     again: also what could not be built before. A line on standard error says why something fails.
+    what: the parts, in a few words.
     """
     kinds = {key_of(part): part for part in parts}
     runs = {key: kept(part) for key, part in kinds.items()}
@@ -187,7 +195,7 @@ def runs_of(parts: Iterable[Part], wanted: bool, again: bool = False) -> dict[st
             marks, yesterday = [home / f"{key}.failed" for key in missing], time.time() - 86400
             if not again and any(m.exists() and m.stat().st_mtime > yesterday for m in marks):
                 raise RuntimeError("that failed today; --compile tries it again")
-            note("building the step of one token for this machine, which is done once")
+            note(f"building {what} for this machine, which is done once")
             for key in bar("building", " functions", delay=0)(missing):
                 try:
                     runs[key] = build(kinds[key])
@@ -198,5 +206,5 @@ def runs_of(parts: Iterable[Part], wanted: bool, again: bool = False) -> dict[st
     except Exception as error:  # it fails in many ways
         text = str(error).partition("Output:\n")[2] or str(error)  # the compiler's own words
         reason = one_line(text.strip().partition("\n")[0] or error)
-        note(f"the step of one token is not built, continuing without: {reason}")
+        note(f"{what} is not built, continuing without: {reason}")
     return {key: run for key, run in runs.items() if run is not None}

@@ -16,6 +16,7 @@ from cli.memory import check_memory
 from cli.messages import UsageError, bar, note
 from cli.sampling import Sampler
 from cli.step import with_built_steps
+from cli.words import expanded
 from formats.errors import one_line
 from formats.source import Source
 from tokenizer_setup import Tokenizer, stop_tokens
@@ -88,11 +89,11 @@ class Model(NamedTuple):
             check_memory(self.config, size, self.device, dtype, prompt, new, batch)
             span = ranks.span_of(source.config, rank, n)
             loading = bar("loading", " tensors", delay=0.5)
-            weights = source.load_weights(self.device, dtype, loading, span)
+            weights = [source.load_weights(self.device, dtype, loading, span)]
             if self.device.type == "cpu" and args.compile is not False:
-                build = args.compile or (None if new > 1 and batch == 1 else False)
-                weights = with_built_steps(weights, self.config, build, layers=n == 1)
-            return ranks.connected(weights, source.config, rank, n)
+                options = {"steps": new > 1 and batch == 1, "layers": n == 1}
+                weights = [with_built_steps(weights.pop(), self.config, args.compile, **options)]
+            return ranks.connected(expanded(*weights), source.config, rank, n)
 
     def steps(
         self, prompts: Sequence[Sequence[int]], weights: llama3.Weights, **options: Any
@@ -114,7 +115,7 @@ class Model(NamedTuple):
         """The reason for logits that are not finite: a weight, or activations that overflow."""
         dtype = str(weights["norm.weight"].dtype).removeprefix("torch.")
         for name, stored in self.source.stored.items():
-            if not all(part.isfinite().all() for part in stored.parts()):
+            if not all(part.isfinite().all() for part in stored.tensors()):
                 return f"{name} contains NaN or infinity"
         hint = ", which ends at 65504; use --dtype bfloat16 or float32" * (dtype == "float16")
         return f"all weights are finite, but activations overflowed in {dtype}{hint}"

@@ -1,16 +1,19 @@
 """One token through the model: a layer as one function, built from llama3.block itself."""
 
 import functools
-from collections.abc import Callable, Sequence
+import itertools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import llama3
-from cli.build import Part, Run, key_of, runs_of
+from cli.build import BUILT_FROM_BYTES, Part, Run, key_of, runs_of
+from cli.words import Product, Words, dequantized, multiply_words, some_rows, with_words
+from formats.blocks import Blocks
 
-BUILT_FROM_BYTES = 5e8  # of weights: below, building takes longer than it saves
 ROOM = 8  # positions in the cache that a layer is tried with
 
 
@@ -33,9 +36,31 @@ def in_quarters(w: Tensor) -> Tensor:
     return w.unflatten(0, (4 if w.numel() >= 2**20 and len(w) % 4 == 0 else 1, -1))
 
 
-def multiply(x: Tensor, w: Tensor) -> Tensor:
-    """llama3.product with a matrix in quarters, which `multiply_and_sum` is compared with."""
+def multiply(x: Tensor, w: Tensor | Words) -> Tensor:
+    """The product of one vector x and a matrix, in quarters or in words, as it is built."""
+    return multiply_words(x, w) if isinstance(w, Words) else multiply_and_sum(x, w)
+
+
+def multiply_plainly(x: Tensor, w: Tensor | Words) -> Tensor:
+    """The same, by what `multiply` is compared with."""
+    if isinstance(w, Words):
+        return (x @ dequantized(w, x.dtype))[..., : w.outputs]
     return llama3.product(x, w.flatten(0, 1))
+
+
+Form = tuple[str, int | None] | None  # the type and the outputs of words, or none for a tensor
+
+
+def taken_apart(w: Tensor | Words) -> tuple[Form, tuple[Tensor, ...]]:
+    """What a function that is built takes as inputs, and what it must know of them."""
+    return (w[:2], w[2:]) if isinstance(w, Words) else (None, (w,))
+
+
+def one_matrix(
+    x: Tensor, *tensors: Tensor, form: Form, times: Callable[[Tensor, Any], Tensor]
+) -> Tensor:
+    """A product, with tensors of a matrix as inputs."""
+    return times(x, Words(*form, *tensors) if form else tensors[0])
 
 
 def one_layer(
@@ -46,21 +71,30 @@ def one_layer(
     keys: Tensor,
     values: Tensor,
     *tensors: Tensor,
-    names: Sequence[str],
+    forms: dict[str, tuple[Form, int]],
     config: llama3.Config,
-    times: Callable[[Tensor, Tensor], Tensor],
+    times: Callable[[Tensor, Any], Tensor],
 ) -> Tensor:
-    """llama3.block of one token, with the weights called `names` of layer 0 as inputs.
+    """llama3.block of one token, with tensors of the weights of layer 0 as inputs.
 
     keys, values [1, K, room, d]: a layer's cache; as much of it is attended to as the mask is long.
+    forms: by the weights' names, what is known of them, and how many tensors they are.
     """
-    weights: dict[str, Tensor | Callable] = dict(zip(names, tensors, strict=True))
-    for name, w in weights.items():
-        weights[name] = functools.partial(times, w=in_quarters(w)) if w.dim() == 2 else w
+    weights, remaining = {}, iter(tensors)
+    for name, (form, n) in forms.items():
+        held = tuple(itertools.islice(remaining, n))
+        w = Words(*form, *held) if form else in_quarters(*held) if held[0].dim() == 2 else held[0]
+        matrix = form or w.dim() == 3
+        weights[name] = functools.partial(times, w=w) if matrix else w
     return llama3.block(x, weights, 0, config, rotations, mask, positions, (keys, values))
 
 
 # --- in place of layers and matrices --------------------------------------------------------------
+
+
+def buildable(w: Any) -> bool:
+    """Whether a weight is a tensor that can be read row after row."""
+    return isinstance(w, Tensor) and w.is_contiguous()
 
 
 def layer_parts(weights: llama3.Weights, config: llama3.Config) -> dict[str, Part]:
@@ -76,22 +110,35 @@ def layer_parts(weights: llama3.Weights, config: llama3.Config) -> dict[str, Par
     for layer in range(config.n_layers):
         start = f"layers.{layer}."
         own = {n.replace(start, "layers.0."): w for n, w in weights.items() if n.startswith(start)}
-        if all(isinstance(w, Tensor) and w.is_contiguous() for w in own.values()):
-            forms = (
-                functools.partial(one_layer, names=[*own], config=constants, times=times)
-                for times in (multiply_and_sum, multiply)
+        own = {n: w.words if isinstance(w, Product) else w for n, w in own.items()}
+        if all(isinstance(w, Words) or buildable(w) for w in own.values()):
+            apart = {name: taken_apart(w) for name, w in own.items()}
+            forms = {name: (form, len(tensors)) for name, (form, tensors) in apart.items()}
+            functions = (
+                functools.partial(one_layer, forms=forms, config=constants, times=times)
+                for times in (multiply, multiply_plainly)
             )
-            about, open_sizes = repr((constants, [*own])), (*sizes, *[{}] * len(own))
-            parts[start[:-1]] = Part(*forms, inputs, (*own.values(),), open_sizes, about)
+            tensors = tuple(tensor for _, tensors in apart.values() for tensor in tensors)
+            about, open_sizes = repr((constants, forms)), (*sizes, *[{}] * len(tensors))
+            parts[start[:-1]] = Part(*functions, inputs, tensors, open_sizes, about)
     return parts
 
 
-def matrix_part(w: Tensor, dtype: torch.dtype) -> Part:
-    """The product of one vector with matrices such as w as a part to build."""
+def matrix_part(w: Tensor | Words, dtype: torch.dtype) -> Part:
+    """The product of one vector with matrices such as w, of any number of rows, as a part."""
     x = torch.randn(1, 1, w.shape[1], generator=torch.Generator().manual_seed(0)).to(dtype)
-    quarters = len(in_quarters(w))
-    w = w[-259 * quarters :].unflatten(0, (quarters, -1))  # some of the rows
-    return Part(multiply_and_sum, multiply, (x,), (w,), ({}, {1: "rows"}), "matrix")
+    if isinstance(w, Words):
+        few, rows = some_rows(w, 0, 3), 0
+    else:
+        quarters, rows = len(in_quarters(w)), 1
+        few = w[-259 * quarters :].unflatten(0, (quarters, -1))
+    form, tensors = taken_apart(few)
+    functions = (
+        functools.partial(one_matrix, form=form, times=times)
+        for times in (multiply, multiply_plainly)
+    )
+    open_sizes = {}, *[{rows: "rows"}] * len(tensors)
+    return Part(*functions, (x,), tensors, open_sizes, f"matrix {form}")
 
 
 def layer_function(
@@ -114,34 +161,50 @@ def layer_function(
     return step
 
 
-def matrix_function(run: Run, w: Tensor) -> Callable[[Tensor], Tensor]:
-    """The product with a matrix: of a single vector by what was built, else by llama3.product."""
-    quarters = in_quarters(w)
+def matrix_function(run: Run, w: Tensor | Product) -> Callable[[Tensor], Tensor]:
+    """The product with a matrix: of a single vector by what was built, else as before."""
+    if isinstance(w, Product):
+        outputs, (_, tensors), several = w.words.outputs, taken_apart(w.words), w
+    else:
+        outputs, tensors = len(w), (in_quarters(w),)
+        several = functools.partial(llama3.product, w=w)
 
     def times(x: Tensor) -> Tensor:
-        if x.numel() != w.shape[1] or len(w) < 8 or torch.is_grad_enabled():
-            return llama3.product(x, w)
-        return run([x.reshape(1, 1, -1), quarters])[0].view(*x.shape[:-1], -1)
+        if x.numel() != x.shape[-1] or outputs < 8 or torch.is_grad_enabled():
+            return several(x)
+        return run([x.reshape(1, 1, -1), *tensors])[0][..., :outputs].view(*x.shape[:-1], -1)
 
     return times
 
 
 @torch.inference_mode()
 def with_built_steps(
-    weights: llama3.Weights, config: llama3.Config, build: bool | None = None, layers: bool = True
+    weights: llama3.Weights,
+    config: llama3.Config,
+    build: bool | None = None,
+    layers: bool = True,
+    steps: bool = True,
 ) -> llama3.Weights:
     """The weights with what is built of them, or as they are where that fails.
 
     build: whether to build what is not there yet; None: if there are enough weights. What is there
-    is always used. layers: whole layers, else every matrix by itself.
+    is always used. layers: whole layers, else every matrix by itself. steps: for single tokens,
+    else only what dequantizes. Blocks become words, and go if nobody else holds them.
     """
-    large = sum(w.nbytes for w in weights.values() if isinstance(w, Tensor)) > BUILT_FROM_BYTES
+    dtype = weights["norm.weight"].dtype
+    sizes = (
+        math.prod(w.shape) * dtype.itemsize if isinstance(w, Blocks) else w.nbytes
+        for w in weights.values()
+    )
+    wanted = sum(sizes) > BUILT_FROM_BYTES if build is None else build
+    weights = with_words(weights, wanted, bool(build))
     parts = layer_parts(weights, config) if layers else {}
     for name, w in weights.items():
-        layer, matrix = ".".join(name.split(".")[:2]), isinstance(w, Tensor) and w.dim() == 2
-        if matrix and w.is_contiguous() and layer not in parts and "embed" not in name:
-            parts[name] = matrix_part(w, weights["norm.weight"].dtype)
-    runs, functions = runs_of(parts.values(), large if build is None else build, bool(build)), {}
+        w = w.words if isinstance(w, Product) else w
+        matrix = isinstance(w, Words) or (buildable(w) and w.dim() == 2)
+        if matrix and ".".join(name.split(".")[:2]) not in parts and "embed" not in name:
+            parts[name] = matrix_part(w, dtype)
+    runs, functions = runs_of(parts.values(), wanted and (steps or bool(build)), bool(build)), {}
     for name, part in parts.items():
         run = runs.get(key_of(part))
         if run and name in weights:

@@ -26,7 +26,7 @@ import llama3
 import tokenizer_setup
 from formats.errors import CheckpointError, one_line, out_of_memory, say
 from formats.huggingface import BIASES_QKV, HF_KEYS, to_hf_name
-from formats.source import Source, join, pairs_half_a_head_apart
+from formats.source import Source, pairs_half_a_head_apart
 from formats.text import BYTE_OF
 
 Progress = Callable[[Iterable[str]], Iterable[str]]
@@ -101,7 +101,7 @@ def to_meta(
             files["tokenizer_setup.json"] = setup + "\n"
     weights = {}
     for name in progress(source.stored):
-        w = join(source.stored[name].parts(), llama3.split_axis(name)).contiguous()
+        w = source.stored[name].tensor(llama3.split_axis(name)).contiguous()
         # torch.save would write all that a view is a view of, but for one that NumPy gives back.
         own = torch.from_numpy(w.flatten().view(torch.uint8).numpy())
         weights[name] = own.view(w.dtype).view(w.shape)
@@ -192,7 +192,7 @@ def to_hf(source: Source, out_dir: Path, progress: Progress = iter, tokenizer: b
             if held and held + sizes[name] > SHARD_BYTES:
                 save_file(tensors, folder / file, metadata={"format": "pt"})
                 tensors, held, file = {}, 0, f"model-{int(file[6:11]) + 1:05}.safetensors"
-            w = join(source.stored[name].parts(), llama3.split_axis(name))
+            w = source.stored[name].tensor(llama3.split_axis(name))
             if re.search(r"attention\.w[qk]\.", name):
                 w = pairs_half_a_head_apart(w, source.config.head_dim)
             tensors[to_hf_name(name)] = w.contiguous().clone()  # safetensors refuses views

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from formats.blocks import DEQUANTIZE
+from formats.blocks import AT_ONCE, DEQUANTIZE
 from formats.errors import CheckpointError, describe_file, one_line, read_file, refuse
 from formats.huggingface import scaling_params
 from formats.source import KEYS, NAMES, Source, Stored, config_of, in_metas_order, renamed, summary
@@ -26,7 +26,6 @@ to_metas_name = functools.partial(renamed, names=METAS_NAMES, layers="layers")
 to_gguf_name = functools.partial(renamed, names=GGUF_NAMES, layers="blk")
 GGUF_KEYS = {metas: there for metas, (_, there) in KEYS.items()} | {"rope_theta": "rope.freq_base"}
 DTYPES = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}  # those that are mapped
-DEQUANTIZED_AT_ONCE = 2**18  # numbers, which fit in the processor's cache
 
 
 _SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
@@ -102,44 +101,42 @@ def read_header(path: Path, sizes: dict[int, tuple[int, int]]) -> tuple[Fields, 
     return fields, tensors
 
 
-def dequantized(raw: np.ndarray, kind: Any, shape: tuple[int, ...]) -> Tensor:
-    """A bfloat16 copy of quantized rows, some of them at a time."""
-    import gguf
-
-    tensor, (numbers, size) = torch.empty(shape, dtype=torch.bfloat16), gguf.GGML_QUANT_SIZES[kind]
-    at_once, blocks = DEQUANTIZED_AT_ONCE // numbers, tensor.view(-1, numbers)
-    with np.errstate(all="ignore"):  # infinite scales are found when they are computed with
-        for start in range(0, len(blocks), at_once):
-            part = raw[start * size : (start + at_once) * size].reshape(-1, size)
-            if kind.name in DEQUANTIZE:
-                found = DEQUANTIZE[kind.name](torch.from_numpy(part))
-            else:
-                found = torch.from_numpy(gguf.quants.dequantize(part, kind))
-            blocks[start : start + at_once] = found
-    return tensor
-
-
 def gguf_tensors(path: Path, places: Places) -> dict[str, Stored]:
     """All tensors of a GGUF file, under the names there. Raises CheckpointError."""
     import gguf
 
-    content = np.memmap(path, mode="c")  # a copy where written to: never
-
     def entry(name: str, shape: tuple[int, ...], number: int, start: int) -> Stored:
         kind, dtype = gguf.GGMLQuantizationType(number), DTYPES.get(number)
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-        raw = content[start : start + math.prod(shape) // block * block_bytes]
+        size = math.prod(shape) // block * block_bytes
+
+        def mapped() -> Tensor:  # by itself, so that its pages go when it does
+            return torch.from_numpy(np.memmap(path, mode="c", offset=start, shape=(size,)))
+
+        def dequantized() -> Tensor:
+            with np.errstate(all="ignore"):  # infinite scales are found when computed with
+                parts = (
+                    torch.from_numpy(gguf.quants.dequantize(part.numpy(), kind)).bfloat16()
+                    for part in mapped().view(-1, block_bytes).split(AT_ONCE // block)
+                )
+                return torch.cat([*parts]).view(shape)
+
         if dtype is not None:
-            mapped = torch.from_numpy(raw).view(dtype).view(shape)
-            return Stored(shape, dtype, lambda: [mapped], stored_as=kind.name)
+            return Stored(
+                shape, dtype, lambda: [mapped().view(dtype).view(shape)], False, kind.name
+            )
+        if kind.name in DEQUANTIZE and len(shape) == 2:
+            rows = (shape[0], -1)
+            return Stored(
+                shape, torch.bfloat16, lambda: [mapped().view(rows)], False, kind.name, True
+            )
         try:
-            dequantized(np.zeros(block_bytes, dtype=np.uint8), kind, (block,))
+            gguf.quants.dequantize(np.zeros((1, block_bytes), dtype=np.uint8), kind)
         except NotImplementedError:
             expected = "F32, F16, BF16 or a type that the gguf package dequantizes"
             problem = f"{one_line(name, 80)} is of type {kind.name}, expected {expected}"
             raise CheckpointError(path, problem) from None
-        load = functools.partial(dequantized, raw, kind, shape)
-        return Stored(shape, torch.bfloat16, lambda: [load()], is_copy=True, stored_as=kind.name)
+        return Stored(shape, torch.bfloat16, lambda: [dequantized()], True, kind.name)
 
     return {name: entry(name, *place) for name, place in places.items()}
 

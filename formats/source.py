@@ -7,7 +7,7 @@ another order there. llama.cpp has Meta's order for Llama and Hugging Face's for
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,21 +16,12 @@ from torch import Tensor
 
 import llama3
 import tokenizer_setup
+from formats.blocks import BYTES, SIZES, Blocks
 from formats.errors import CheckpointError, describe_file, find_file, one_line, read_file, refuse
 from formats.text import Vocabulary
 from tokenizer_setup import Tokenizer
 
 Span = Callable[[str, int], tuple[int, int]]  # a weight's name and size -> a part along split_axis
-
-
-class Stored(NamedTuple):
-    """A weight in files: what it is loaded as, in Meta's order of rows."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    parts: Callable[[], Sequence[Tensor]]  # side by side along split_axis, one in most files
-    is_copy: bool = False  # else it is mapped, and takes no memory of its own
-    stored_as: str = ""  # the file's name of its dtype
 
 
 def join(parts: Sequence[Tensor], axis: int | None, begin: int = 0, end: int = 2**62) -> Tensor:
@@ -47,12 +38,50 @@ def join(parts: Sequence[Tensor], axis: int | None, begin: int = 0, end: int = 2
     return found[0] if len(found) == 1 else torch.cat(found, dim=axis)
 
 
+class Stored(NamedTuple):
+    """A weight in files: what it is loaded as, in Meta's order of rows."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype  # of blocks, what they are converted to
+    parts: Callable[[], Sequence[Tensor]]  # side by side along split_axis, one in most files
+    is_copy: bool = False  # else it is mapped, and takes no memory of its own
+    stored_as: str = ""  # the file's name of its dtype
+    blocks: bool = False  # whether the parts are the bytes of blocks, of the type stored_as
+
+    def weight(
+        self, axis: int | None, dtype: torch.dtype, begin: int = 0, end: int = 2**62
+    ) -> Tensor | Blocks:
+        """What is stored, from `begin` to `end` along an axis; dtype: of blocks that are cut."""
+        if not self.blocks:
+            return join(self.parts(), axis, begin, end)
+        blocks, numbers = Blocks(join(self.parts(), 0), self.stored_as), SIZES[self.stored_as]
+        begin, end = max(begin, 0), min(end, self.shape[axis])
+        if axis == 0:
+            return Blocks(blocks.raw[begin:end], self.stored_as)
+        if begin % numbers or end % numbers:
+            return blocks.to(dtype)[:, begin:end]
+        begin, end = (i // numbers * BYTES[self.stored_as] for i in (begin, end))
+        return Blocks(blocks.raw[:, begin:end], self.stored_as)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All of its numbers, of blocks some rows at a time."""
+        if not self.blocks:
+            return iter(self.parts())
+        return (piece for raw in self.parts() for piece in Blocks(raw, self.stored_as).pieces())
+
+    def tensor(self, axis: int | None) -> Tensor:
+        """All of it, of its dtype."""
+        w = self.weight(axis, self.dtype)
+        return w.to(self.dtype) if isinstance(w, Blocks) else w
+
+
 def summary(kind: str, config: llama3.Config, stored: dict[str, Stored]) -> str:
     """Describe a model in a few words."""
     count = sum(math.prod(tensor.shape) for tensor in stored.values())
     matrices = [tensor for tensor in stored.values() if len(tensor.shape) > 1]
     types = {str(matrix.stored_as or matrix.dtype).split(".")[-1] for matrix in matrices}
-    made = ", made bfloat16" * any(s.stored_as and s.is_copy for s in stored.values())
+    copies = (s.stored_as and s.is_copy and not s.blocks for s in stored.values())
+    made = ", partly made bfloat16" * any(copies)
     weights = f"{count / 1e6:.1f} million weights in {'/'.join(sorted(types))}{made}"
     return f"{kind}, {config.n_layers} layers, {weights}"
 
@@ -80,15 +109,24 @@ class Source(NamedTuple):
         for name in progress(self.stored):
             axis, stored = llama3.split_axis(name), self.stored[name]
             begin, end = span(name, stored.shape[axis or 0])
-            w = join(stored.parts(), axis, begin, end)
-            if device.type != "cpu" or w.dim() == 1:
+            w = stored.weight(axis, dtype, begin, end)
+            if isinstance(w, Blocks):
+                w = Blocks(w.raw.to(device), w.kind)
+            elif device.type != "cpu" or w.dim() == 1:
                 w = w.to(device, dtype)
             elif end - begin < stored.shape[axis] and (stored.is_copy or axis == 1):
                 w = w.clone(memory_format=torch.contiguous_format)  # so that the rest goes
             placed[name] = w
         if "output.weight" not in placed:
             begin, end = span("output.weight", self.config.vocab_size)
-            placed["output.weight"] = placed["tok_embeddings.weight"][begin:end]
+            table, stored = placed["tok_embeddings.weight"], self.stored["tok_embeddings.weight"]
+            if isinstance(table, Blocks) and device.type == "cpu":  # mapped by itself: see gguf.py
+                table = stored.weight(0, dtype, begin, end)
+            elif isinstance(table, Blocks):
+                table = Blocks(table.raw[begin:end], table.kind)
+            else:
+                table = table[begin:end]
+            placed["output.weight"] = table
         return placed
 
     def default_dtype(self, device: torch.device) -> torch.dtype:
@@ -100,7 +138,10 @@ class Source(NamedTuple):
         size = 0
         for name, stored in self.stored.items():
             n = math.prod(stored.shape) / (1 if name == "tok_embeddings.weight" else n_ranks)
-            if device.type != "cpu":
+            if stored.blocks:  # repacked; embeddings stay mapped
+                on_cpu = device.type == "cpu" and name == "tok_embeddings.weight"
+                size += 0 if on_cpu else n / SIZES[stored.stored_as] * BYTES[stored.stored_as]
+            elif device.type != "cpu":
                 size += n * dtype.itemsize
             elif stored.is_copy or (n_ranks > 1 and llama3.split_axis(name) == 1):
                 size += n * stored.dtype.itemsize

@@ -68,6 +68,24 @@ def random_weights(config: llama3.Config, dtype=torch.float32, seed=0) -> dict[s
     return {name: weight.to(dtype) for name, weight in weights.items()}
 
 
+def random_blocks(kind, outputs, inputs, seed=0):
+    """A matrix of random blocks, uint8 [outputs, bytes], and its numbers by the gguf package.
+
+    All bytes are random but the float16 scales, which are about 0.01.
+    """
+    import gguf
+
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    generator = torch.Generator().manual_seed(seed)
+    raw = torch.randint(0, 256, (outputs, inputs // block, size), generator=generator).byte()
+    pair = kind.endswith("_1") or kind in ("Q4_K", "Q5_K")
+    begin, end = (208, 210) if kind == "Q6_K" else (0, 4 if pair else 2)
+    scales = 0.01 * torch.randn(*raw.shape[:2], (end - begin) // 2, generator=generator)
+    raw[..., begin:end] = scales.half().view(torch.uint8)
+    dense = gguf.quants.dequantize(raw.numpy(), gguf.GGMLQuantizationType[kind])
+    return raw.flatten(1), torch.from_numpy(dense).flatten(1)
+
+
 def split(weights, folder, parts):
     """Write weights as Meta does for so many ranks: fairscale's rule, written down again.
 

@@ -105,16 +105,17 @@ def gguf_name(name):
 
 
 def in_blocks(weight, kind):
-    """A weight quantized by the gguf package, or random blocks of Q4_K, which it cannot make."""
+    """A weight quantized by the gguf package, or random blocks of types that it cannot make."""
     import gguf
 
     kind = gguf.GGMLQuantizationType[kind]
-    if kind.name != "Q4_K":
+    if kind.name not in ("Q4_K", "IQ4_NL"):
         return gguf.quants.quantize(weight.float().numpy(), kind)
     random = np.random.default_rng(weight.numel())
-    n = weight.numel() // 256
-    scales = (random.random((n, 2)) * 0.01).astype(np.float16).view(np.uint8)
-    rest = random.integers(0, 256, (n, 140), dtype=np.uint8)
+    numbers, size = gguf.GGML_QUANT_SIZES[kind]
+    n, n_scales = weight.numel() // numbers, 2 if kind.name == "Q4_K" else 1
+    scales = (random.random((n, n_scales)) * 0.01).astype(np.float16).view(np.uint8)
+    rest = random.integers(0, 256, (n, size - 2 * n_scales), dtype=np.uint8)
     return np.concatenate([scales, rest], axis=1).reshape(weight.shape[0], -1)
 
 

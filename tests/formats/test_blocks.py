@@ -1,14 +1,14 @@
 """Quantized blocks, against the gguf package: to the last bit, for any bytes."""
 
-import warnings
-
 import gguf
 import numpy as np
 import pytest
 import torch
+from conftest import apart, random_blocks
 
-from formats import gguf as our_gguf
+from formats import blocks
 from formats.blocks import DEQUANTIZE
+from formats.source import Stored
 
 QUANTIZED = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]  # which the package can make too
 
@@ -51,16 +51,31 @@ def test_numbers_that_were_quantized_come_back_near(name):
 
 
 @pytest.mark.parametrize("at_once", [256, 1024, 2**18])
-@pytest.mark.parametrize("name", [*DEQUANTIZE, "TQ2_0"])  # one that the package alone knows
-def test_a_matrix_is_dequantized_a_piece_at_a_time(monkeypatch, name, at_once):
-    monkeypatch.setattr(our_gguf, "DEQUANTIZED_AT_ONCE", at_once)
-    kind = gguf.GGMLQuantizationType[name]
-    numbers, size = gguf.GGML_QUANT_SIZES[kind]
-    shape = (7, 768)
-    raw = np.random.default_rng(0).integers(0, 256, (7, 768 // numbers * size), dtype=np.uint8)
-    with warnings.catch_warnings(action="error"):
-        found = our_gguf.dequantized(raw.reshape(-1), kind, shape)
-    assert found.dtype == torch.bfloat16
-    expected = as_the_package_does(raw, kind).bfloat16()
-    assert found.shape == expected.shape == shape
-    assert torch.equal(found.nan_to_num(9), expected.nan_to_num(9))
+@pytest.mark.parametrize("name", DEQUANTIZE)
+def test_a_matrix_in_blocks_is_a_function(monkeypatch, name, at_once):
+    """And a table whose rows can be looked up. Nothing is rounded where float32 is asked for."""
+    monkeypatch.setattr(blocks, "AT_ONCE", at_once)
+    raw, dense = random_blocks(name, 7, 768)
+    w = blocks.Blocks(raw, name)
+    assert w.shape == dense.shape == (7, 768)
+    assert torch.equal(w.to(torch.float32), dense)
+    assert torch.equal(w.to(torch.bfloat16), dense.bfloat16())
+    rows = torch.tensor([[6, 0, 6], [2, 3, 4]])
+    assert torch.equal(w[rows], dense[rows])
+    x = torch.randn(2, 3, 768, generator=torch.Generator().manual_seed(0))
+    assert apart(w(x).double(), x.double() @ dense.double().T) < 1e-6
+    assert w(x.bfloat16()).dtype == torch.bfloat16
+    assert apart(w(x.bfloat16()), x @ dense.T) < 0.02
+
+
+@pytest.mark.parametrize("name", DEQUANTIZE)
+def test_a_part_of_blocks_is_blocks_where_none_is_cut(name):
+    raw, dense = random_blocks(name, 6, 1536)
+    stored = Stored(dense.shape, torch.bfloat16, lambda: [raw], stored_as=name, blocks=True)
+    assert torch.equal(stored.weight(0, torch.float32, 2, 5).to(torch.float32), dense[2:5])
+    columns = stored.weight(1, torch.float32, 256, 768)
+    assert isinstance(columns, blocks.Blocks)
+    assert torch.equal(columns.to(torch.float32), dense[:, 256:768])
+    assert torch.equal(stored.weight(1, torch.float32, 8, 1000), dense[:, 8:1000])
+    assert torch.equal(stored.tensor(1), dense.bfloat16())
+    assert torch.equal(torch.cat([*stored.tensors()]), dense)

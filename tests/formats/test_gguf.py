@@ -1,5 +1,6 @@
 """GGUF files, run as they are, against transformers; and headers that mean harm."""
 
+import math
 import shutil
 import struct
 import sys
@@ -12,6 +13,7 @@ from other_formats import SIZES, TOKENS, hf_model, logits_of, refused, write_ggu
 
 import formats
 import llama3
+from formats.blocks import Blocks
 
 
 def small_config(**params):
@@ -26,16 +28,8 @@ def small_gguf(path, **more):
 
 # --- what is computed -----------------------------------------------------------------------------
 
-LOADED_AS = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "Q8_0": torch.bfloat16,
-    "Q4_K": torch.bfloat16,
-}
 
-
-@pytest.mark.parametrize("kind", LOADED_AS)
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_K", "IQ4_NL"])
 def test_logits_of_a_gguf_file_equal_those_of_transformers(tmp_path, kind):
     import transformers
 
@@ -43,14 +37,18 @@ def test_logits_of_a_gguf_file_equal_those_of_transformers(tmp_path, kind):
     path = write_gguf(tmp_path / "model.gguf", random_weights(config), config, kind)
     source = formats.open(path)
     assert source.config == config
-    weights, dtype = source.load_weights(dtype=torch.float32), LOADED_AS[kind]
-    assert {w.dtype for w in weights.values() if w.dim() == 2} == {dtype}
+    weights = source.load_weights(dtype=torch.float32)
+    types = {w.kind if isinstance(w, Blocks) else w.dtype for w in weights.values()}
+    types -= {torch.float32}  # of norms
+    as_stored = {"F32": set(), "F16": {torch.float16}, "Q8_0": {"Q8_0"}, "Q4_K": {"Q4_K"}}
+    assert types == as_stored.get(kind, {torch.bfloat16})
     model = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, gguf_file="model.gguf", dtype=torch.float32
     ).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # quantized weights are rounded to bfloat16 here
-            parameter.copy_(parameter.to(dtype if parameter.dim() == 2 else torch.float32))
+    if kind == "IQ4_NL":  # which is made bfloat16 here
+        with torch.no_grad():
+            for parameter in (p for p in model.parameters() if p.dim() == 2):
+                parameter.copy_(parameter.bfloat16())
     assert apart(llama3.forward(TOKENS, weights, source.config), logits_of(model)) < 1e-4
 
 
@@ -131,13 +129,40 @@ def test_what_is_not_quantized_is_mapped_and_not_copied(tmp_path, kind):
         assert (w == 7).all()
 
 
-def test_a_quantized_matrix_is_a_copy(tmp_path):
+def test_quantized_matrices_are_mapped_as_they_are(tmp_path):
+    config = small_config()
     source = formats.open(small_gguf(tmp_path / "model.gguf", kind="Q8_0"))
-    matrices = {name for name, stored in source.stored.items() if len(stored.shape) == 2}
-    assert {name for name, stored in source.stored.items() if stored.is_copy} == matrices
-    numbers = sum(w.numel() for w in random_weights(small_config()).values() if w.dim() == 2)
-    assert source.bytes_needed(torch.device("cpu"), torch.float32) == 2 * numbers
-    assert source.found.endswith("million weights in Q8_0, made bfloat16")
+    assert not any(stored.is_copy for stored in source.stored.values())
+    shapes = [shape for shape in llama3.weight_shapes(config).values() if len(shape) == 2]
+    numbers = sum(math.prod(shape) for shape in shapes)
+    table = config.vocab_size * config.dim  # of which only some rows are looked up
+    needed = source.bytes_needed(torch.device("cpu"), torch.float32)
+    assert needed == (numbers - table) / 32 * 34
+    assert source.bytes_needed(torch.device("cuda"), torch.float32) > numbers / 32 * 34
+    assert source.found.endswith("million weights in Q8_0")
+
+
+def test_types_without_blocks_here_are_made_bfloat16(tmp_path):
+    source = formats.open(small_gguf(tmp_path / "model.gguf", kind="IQ4_NL"))
+    assert source.found.endswith("million weights in IQ4_NL, partly made bfloat16")
+    assert source.stored["output.weight"].is_copy
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_tied_output_is_in_the_same_blocks(tmp_path, device):
+    config = small_config(vocab_size=128)
+    weights = random_weights(config)
+    del weights["output.weight"]
+    source = formats.open(write_gguf(tmp_path / "model.gguf", weights, config, "Q8_0"))
+    loaded = source.load_weights(device)
+    table, output = loaded["tok_embeddings.weight"], loaded["output.weight"]
+    assert table.shape == output.shape == (128, 32)
+    assert table.raw.device.type == output.raw.device.type == device
+    if device == "cpu":
+        assert torch.equal(table.raw, output.raw)
+        assert table.raw.data_ptr() != output.raw.data_ptr(), (
+            "pages of the output can be given back"
+        )
 
 
 # --- what is refused ------------------------------------------------------------------------------
