@@ -134,14 +134,16 @@ def compiled(part: Part, name: str) -> bytes:
     table[torch.ops.aten.bmm.default] = sum_of_products  # else a call, which costs more
     options = {
         "cpp.cxx": (None, compiler()),
+        "aot_inductor.compile_wrapper_opt_level": "O0",  # it only calls the loops
         "cpp.enable_floating_point_contract_flag": "fast",  # fused multiply and add
         "realize_reads_threshold": 0,  # what several products read is computed once
         "cpp.max_horizontal_fusion_size": 4,  # four quarters of a matrix in one loop, not eight
     }
-    options["unroll_reductions_threshold"] = 9  # sums of up to 8 numbers are written out
-    for limit in ("opcount", "acc_reads", "cpu_opcount", "cpu_acc_reads"):
-        if hasattr(torch._inductor.config, f"realize_{limit}_threshold"):
-            options[f"realize_{limit}_threshold"] = 10**6  # one loop, however long it is
+    more = dict.fromkeys(("opcount", "acc_reads", "cpu_opcount", "cpu_acc_reads"), 10**6)
+    more = {f"realize_{name}_threshold": n for name, n in more.items()}  # one loop, however long
+    more["unroll_reductions_threshold"] = 9  # sums of up to 8 numbers are written out
+    more["cpp_cache_precompile_headers"] = False  # in a folder that others may know
+    options |= {name: n for name, n in more.items() if hasattr(torch._inductor.config, name)}
     package = torch._inductor.aoti_compile_and_package(
         exported.run_decompositions(table),
         package_path=f"{name}/function.pt2",

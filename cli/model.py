@@ -128,6 +128,11 @@ def open_model(args: argparse.Namespace) -> Model:
         device = choose_device(args.device)
         set_threads(args.threads)
         source = formats.open(ckpt_dir)
+        if args.quantize:
+            try:
+                source = formats.quantized(source, args.quantize)
+            except ValueError as error:
+                raise UsageError(f"argument --quantize: {one_line(error)}") from None
         note(f"found in {ckpt_dir}: {source.found}")
         tokenizer, config = source.tokenizer(args.tokenizer), source.config
     ranks.check_number(config)

@@ -73,6 +73,7 @@ HELP = {
     "--stats": "end with a line of JSON on standard error",
     "--device": "cuda, cuda:N, mps or cpu; auto, the default, takes the first that is there",
     "--dtype": "dtype to compute in (default: the weights')",
+    "--quantize": "make weights smaller as they are loaded: 8.5 or 4.5 bits each",
     "--compile": "build the step of one token for this machine, which is then kept (default: on a "
     "CPU, for more than half a gigabyte of weights)",
     "--threads": "CPU threads to compute with (default: one a core)",
@@ -122,6 +123,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(output, "--stats", **flag)
     add(machine, "--device", "NAME", default="auto")
     add(machine, "--dtype", choices=llama3.DTYPES)
+    add(machine, "--quantize", choices=("Q8_0", "Q4_0"))
     add(machine, "--compile", action=argparse.BooleanOptionalAction)
     add(machine, "--threads", "N", type=number(int, 1, 1024))
     return parser

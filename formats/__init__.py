@@ -6,15 +6,21 @@ logits = llama3.forward(tokens, weights, source.config)
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
+from torch import Tensor
+
+import llama3
+from formats import blocks
+from formats.blocks import SIZES
 from formats.errors import CheckpointError, describe_file, one_line, out_of_memory, read_file
 from formats.gguf import open_gguf
 from formats.huggingface import open_huggingface
 from formats.meta import open_meta
-from formats.source import Source
+from formats.source import Source, Stored, join
 
-__all__ = ["CheckpointError", "Source", "open"]
+__all__ = ["CheckpointError", "Source", "open", "quantized"]
 
 
 def _open(path: Path) -> Source:
@@ -53,3 +59,28 @@ def open(path: str | os.PathLike) -> Source:
         if out_of_memory(error):
             raise
         raise CheckpointError(path, f"cannot be used: {error!r}") from error
+
+
+def quantized(source: Source, kind: str) -> Source:
+    """The same model, of which matrices become blocks of Q8_0 or Q4_0 as they are loaded.
+
+    Not the embeddings, nor what is in blocks already or has rows that blocks would cut. ValueError
+    if that leaves nothing.
+    """
+
+    def made(name: str, w: Stored) -> Stored:
+        def parts() -> Sequence[Tensor]:
+            return [blocks.quantized(join(w.parts(), llama3.split_axis(name)), kind)]
+
+        return w._replace(parts=parts, is_copy=True, stored_as=kind, blocks=True)
+
+    stored, table = source.stored, source.stored["tok_embeddings.weight"]
+    matrices = {
+        name: made(name, w)
+        for name, w in {"output.weight": table, **stored}.items()
+        if len(w.shape) == 2 and "embed" not in name
+        if not w.blocks and w.shape[1] % SIZES[kind] == 0
+    }
+    if not matrices:
+        raise ValueError(f"found {source.found}: nothing of it can become {kind}")
+    return source._replace(stored=stored | matrices, found=f"{source.found}, made {kind}")

@@ -128,3 +128,32 @@ class Blocks:
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch.cat([x @ piece.to(x.dtype).T for piece in self.pieces()], dim=-1)
+
+
+def in_blocks(x: Tensor, kind: str) -> Tensor:
+    """Numbers in blocks of Q8_0 or Q4_0, rounded as the gguf package does.
+
+    float32 [..., 32 n] -> uint8 [..., bytes].
+    """
+    x = x.unflatten(-1, (-1, 32))
+    most = x.abs().amax(-1, keepdim=True)
+    if kind == "Q8_0":
+        d = most / 127
+        x = x * torch.where(d == 0, 0, 1 / d)
+        size = x.abs().floor()
+        q = x.sign() * (size + (2 * (x.abs() - size)).floor())  # halves go away from zero
+        q = q.to(torch.int8).view(torch.uint8)
+    else:
+        low, high = x.amin(-1, keepdim=True) == -most, x.amax(-1, keepdim=True) == most
+        most, both = torch.where(low, -most, most), (low & high).squeeze(-1)
+        most[both] = x[both].gather(-1, x[both].abs().argmax(-1, keepdim=True))  # the first one
+        d = most / -8
+        x = (x * torch.where(d == 0, 0, 1 / d) + 8.5).clamp(0, 15.5).floor()
+        q = (x[..., :16] + 16 * x[..., 16:]).to(torch.uint8)
+    return torch.cat([d.half().view(torch.uint8), q], dim=-1).flatten(-2)
+
+
+def quantized(w: Tensor | Blocks, kind: str) -> Tensor:
+    """A matrix in blocks of Q8_0 or Q4_0, uint8 [outputs, bytes of a row], some rows at a time."""
+    pieces = w.pieces() if isinstance(w, Blocks) else w.split(max(AT_ONCE // w.shape[1], 1))
+    return torch.cat([in_blocks(piece.float(), kind) for piece in pieces])

@@ -1,7 +1,8 @@
-"""Write a model of any kind as Meta's files, or Meta's as a Hugging Face folder.
+"""Write a model of any kind as Meta's files, or as a Hugging Face folder, or as a GGUF file.
 
 python -m formats.convert SOURCE OUT_DIR
 python -m formats.convert --to-hf CKPT_DIR HF_DIR
+python -m formats.convert SOURCE OUT.gguf --type Q8_0
 """
 
 import argparse
@@ -27,18 +28,13 @@ import tokenizer_setup
 from formats.errors import CheckpointError, one_line, out_of_memory, say
 from formats.huggingface import BIASES_QKV, HF_KEYS, to_hf_name
 from formats.source import Source, pairs_half_a_head_apart
-from formats.text import BYTE_OF
+from formats.text import CHAT_TEMPLATE, merges_of
+from formats.write_gguf import TYPES, to_gguf
 
 Progress = Callable[[Iterable[str]], Iterable[str]]
 # Meta's own multiple_of and ffn_dim_multiplier, so that a params.json is as Meta's: no ffn_dim.
 FFN_FORMULAS = ((256, None), (256, 1.5), (4096, 1.3), (1024, 1.3), (4096, 1.2))
 SHARD_BYTES = 2**31  # of one safetensors file, as it is in memory while it is written
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}<|start_header_id|>"
-    "{{ 'ipython' if message['role'] == 'tool' else message['role'] }}<|end_header_id|>\n\n"
-    "{{ message['content'] }}<|eot_id|>{% endfor %}"
-    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
-)
 
 
 def params_of(config: llama3.Config) -> dict[str, object]:
@@ -140,15 +136,7 @@ def write_tokenizer(path: Path, ranks: dict[bytes, int], special: dict[str, int]
     """Write Llama 3's tokenizer.json: tiktoken's merges are all cuts of a token in two."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
-    character_of = {byte: character for character, byte in BYTE_OF.items()}
-    spelled = {token: "".join(character_of[byte] for byte in token) for token in ranks}
-    merges = []
-    for token in sorted(ranks, key=ranks.get):
-        cuts = [(token[:i], token[i:]) for i in range(1, len(token))]
-        cuts = [cut for cut in cuts if cut[0] in ranks and cut[1] in ranks]
-        cuts.sort(key=lambda cut: (ranks[cut[0]], ranks[cut[1]]))
-        merges += [(spelled[left], spelled[right]) for left, right in cuts]
-    vocab = {spelled[token]: rank for token, rank in ranks.items()}
+    vocab, merges = merges_of(ranks)
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
     tokenizer.add_special_tokens(sorted(special, key=special.get))  # their ids follow
     split = pre_tokenizers.Split(Regex(tokenizer_setup.SPLIT_PATTERN), "isolated")
@@ -213,12 +201,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status, 2 if the input was bad."""
     parser = argparse.ArgumentParser(
         prog="python -m formats.convert",
-        description="Write a model of any kind as Meta's files, or as a Hugging Face folder. "
-        "Weights keep their type; those of a quantized GGUF file become bfloat16.",
+        description="Write a model of any kind as Meta's files, as a Hugging Face folder, or as a "
+        "GGUF file. In folders weights keep their type; those of a quantized GGUF file become "
+        "bfloat16.",
     )
     parser.add_argument("source", type=Path, help="folder or GGUF file", metavar="SOURCE")
-    parser.add_argument("out_dir", type=Path, help="new folder to write", metavar="OUT_DIR")
+    parser.add_argument("out", type=Path, help="new folder, or NAME.gguf, to write", metavar="OUT")
     parser.add_argument("--to-hf", action="store_true", help="write a Hugging Face folder")
+    parser.add_argument("--type", choices=TYPES, help="of the matrices in a GGUF file (BF16)")
     parser.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer out")
     args = parser.parse_args(argv)
     quiet = True if sys.stderr is None else None  # None: unless it is a terminal
@@ -226,12 +216,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     with contextlib.suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left behind
     try:
-        refuse_existing(args.out_dir)
+        is_gguf = args.out.suffix.lower() == ".gguf"
+        if (args.to_hf and is_gguf) or (args.type and not is_gguf):
+            parser.error("--type is for an OUT that ends in .gguf, --to-hf for another one")
+        refuse_existing(args.out)
         source = formats.open(args.source)
         say(f"convert: found {source.found}")
-        write = to_hf if args.to_hf else to_meta
-        write(source, args.out_dir, progress, not args.no_tokenizer)
-        say(f"convert: wrote {args.out_dir}")
+        if is_gguf:
+            to_gguf(source, args.out, args.type or "BF16", progress, not args.no_tokenizer)
+        else:
+            write = to_hf if args.to_hf else to_meta
+            write(source, args.out, progress, not args.no_tokenizer)
+        say(f"convert: wrote {args.out}")
         return 0
     except KeyboardInterrupt:
         return 130

@@ -67,6 +67,25 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 BYTE_OF = _byte_alphabet()
+CHAT_TEMPLATE = (  # Llama 3's
+    "{{ bos_token }}{% for message in messages %}<|start_header_id|>"
+    "{{ 'ipython' if message['role'] == 'tool' else message['role'] }}<|end_header_id|>\n\n"
+    "{{ message['content'] }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+
+
+def merges_of(ranks: dict[bytes, int]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """A vocabulary as it is spelled in that alphabet; tiktoken's merges are all cuts in two."""
+    character_of = {byte: character for character, byte in BYTE_OF.items()}
+    spelled = {token: "".join(character_of[byte] for byte in token) for token in ranks}
+    merges = []
+    for token in sorted(ranks, key=ranks.get):
+        cuts = [(token[:i], token[i:]) for i in range(1, len(token))]
+        cuts = [cut for cut in cuts if cut[0] in ranks and cut[1] in ranks]
+        cuts.sort(key=lambda cut: (ranks[cut[0]], ranks[cut[1]]))
+        merges += [(spelled[left], spelled[right]) for left, right in cuts]
+    return {spelled[token]: rank for token, rank in ranks.items()}, merges
 
 
 def make_vocabulary(

@@ -1,0 +1,114 @@
+"""Write a model as a GGUF file, for llama.cpp."""
+
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import llama3
+import tokenizer_setup
+from formats.blocks import SIZES, Blocks, quantized
+from formats.errors import CheckpointError
+from formats.gguf import GGUF_KEYS, to_gguf_name
+from formats.huggingface import divisors_of
+from formats.source import Source
+from formats.text import CHAT_TEMPLATE, merges_of
+
+TYPES = ("BF16", "Q8_0", "Q4_0")
+
+
+def fields_of(source: Source) -> dict[str, object]:
+    """The constants of a model, under llama.cpp's names."""
+    config = source.config
+    fields = {key: getattr(config, metas) for metas, key in GGUF_KEYS.items()}
+    fields |= {"rope.dimension_count": config.head_dim, "attention.value_length": config.head_dim}
+    return {f"llama.{key}": value for key, value in fields.items()}
+
+
+def tokenizer_fields(source: Source) -> dict[str, object]:
+    """Those of Llama 3's tokenizer. Raises CheckpointError for another one."""
+    ranks, text_format = source.vocabulary()
+    if text_format != tokenizer_setup.llama3_format(len(ranks)):
+        problem = "its tokenizer is not Llama 3's; leave it out with --no-tokenizer"
+        raise CheckpointError(source.path, problem)
+    spelled, merges, special = *merges_of(ranks), text_format.special_tokens
+    tokens = [*sorted(spelled, key=spelled.get), *sorted(special, key=special.get)]
+    unused = range(len(tokens), source.config.vocab_size)
+    fields = {
+        "tokens": tokens + [f"<|unused_{i}|>" for i in unused],
+        "token_type": [1] * len(ranks) + [3] * len(special) + [5] * len(unused),
+        "merges": [f"{left} {right}" for left, right in merges],
+        "pre": "llama-bpe",
+        "bos_token_id": special["<|begin_of_text|>"],
+        "eos_token_id": special["<|end_of_text|>"],
+        "eot_token_id": special["<|eot_id|>"],
+        "eom_token_id": special["<|eom_id|>"],
+        "add_bos_token": True,
+    }
+    named = {f"tokenizer.ggml.{key}": value for key, value in fields.items()}
+    return named | {"tokenizer.chat_template": CHAT_TEMPLATE}
+
+
+def to_gguf(
+    source: Source,
+    path: Path,
+    kind: str,
+    progress: Callable[[Iterable[str]], Iterable[str]] = iter,
+    tokenizer: bool = True,
+) -> None:
+    """Write a model with matrices of a type, but for those whose rows its blocks do not divide.
+
+    Raises CheckpointError.
+    """
+    import gguf
+
+    config, tensors = source.config, {}
+    fields = fields_of(source) | (tokenizer_fields(source) if tokenizer else {})
+    fields["tokenizer.ggml.model"] = "gpt2" if tokenizer else "none"
+    for name, stored in source.stored.items():
+        cut = kind in SIZES and stored.shape[-1] % SIZES[kind]
+        tensors[name] = "F32" if len(stored.shape) == 1 else "BF16" if cut else kind
+    divisors = config.rope_divisors
+    if config.rope_scaling_factor:
+        args = config.rope_theta, config.head_dim, config.rope_scaling_factor
+        divisors = divisors_of(*args).tolist()
+
+    def content(name: str) -> Tensor:
+        """A tensor's bytes in the file."""
+        w = source.stored[name].weight(llama3.split_axis(name), torch.float32)
+        if tensors[name] in SIZES:
+            return quantized(w, tensors[name])
+        w = w.to(torch.float32) if isinstance(w, Blocks) else w
+        return w.to(torch.float32 if tensors[name] == "F32" else torch.bfloat16).contiguous()
+
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{path.name[:99]}.", dir=path.parent) as folder:
+            writer = gguf.GGUFWriter(Path(folder, "new"), "llama")
+            for key, value in fields.items():
+                add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+                add |= {bool: writer.add_bool, list: writer.add_array}
+                add[type(value)](key, value)
+            if divisors:
+                raw = torch.tensor(divisors, dtype=torch.float32).numpy()
+                writer.add_tensor_info("rope_freqs.weight", raw.shape, raw.dtype, raw.nbytes)
+            for name, type_name in tensors.items():
+                number, shape = gguf.GGMLQuantizationType[type_name], source.stored[name].shape
+                numbers, size = gguf.GGML_QUANT_SIZES[number]
+                n_bytes, there = math.prod(shape) // numbers * size, to_gguf_name(name)
+                writer.add_tensor_info(there, shape, np.dtype("float32"), n_bytes, number)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            if divisors:
+                writer.write_tensor_data(raw)
+            for name in progress(tensors):
+                writer.write_tensor_data(content(name).flatten().view(torch.uint8).numpy())
+            writer.close()
+            os.replace(Path(folder, "new"), path)
+    except OSError as error:
+        raise CheckpointError(path, f"cannot be written: {error.strerror or error}") from None
