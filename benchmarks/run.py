@@ -6,13 +6,14 @@
 
 Makes a random checkpoint in Meta's format in a temporary folder and measures it, or a model that is
 there, with its weights in another type if --format names one. llama.cpp gets the same weights in a
-GGUF file. Speeds of one machine drift within minutes, so whatever is compared takes turns, and a
-ratio is the median of the ratios of single turns. What --against needs stands in
-benchmarks/requirements.txt.
+GGUF file, and makes those of types that quantize. Speeds of one machine drift within minutes, so
+whatever is compared takes turns, and a ratio is the median of the ratios of single turns. What
+--against needs stands in benchmarks/requirements.txt.
 """
 
 import argparse
 import json
+import math
 import platform
 import re
 import statistics
@@ -32,6 +33,8 @@ import torch  # noqa: E402
 import formats  # noqa: E402
 import llama3  # noqa: E402
 from cli.step import with_built_steps  # noqa: E402
+from cli.words import expanded  # noqa: E402
+from formats.blocks import Blocks  # noqa: E402
 from formats.gguf import to_gguf_name  # noqa: E402
 
 ROPE = {"norm_eps": 1e-05, "rope_theta": 500000.0}
@@ -54,6 +57,7 @@ SIZES = {  # params.json, and the contexts at which decoding is measured
 }
 PREFILLS = (128, 1024)
 FORMATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+QUANTIZED = {"Q8_0": 7, "Q4_0": 2, "Q4_K_M": 15}  # llama.cpp's numbers of them
 Contestant = tuple[Callable[[int], None], Callable[[int, int], None]]  # prefill(n), decode(L, n)
 
 
@@ -175,7 +179,8 @@ def write_gguf(path: Path, weights: llama3.Weights, config: llama3.Config, kind:
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("none")
-    tied = weights["output.weight"] is weights["tok_embeddings.weight"]
+    weights = {n: w.to(torch.float32) if isinstance(w, Blocks) else w for n, w in weights.items()}
+    tied = torch.equal(weights["output.weight"], weights["tok_embeddings.weight"])
     for name, weight in weights.items():
         if weight.dim() == 1:
             writer.add_tensor(to_gguf_name(name), weight.float().numpy())
@@ -188,6 +193,19 @@ def write_gguf(path: Path, weights: llama3.Weights, config: llama3.Config, kind:
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def quantize(file: Path, target: Path, kind: str) -> Path:
+    """A GGUF file with the weights of another one in a type of QUANTIZED, by llama.cpp."""
+    import ctypes
+
+    import llama_cpp as lib
+
+    options = lib.llama_model_quantize_default_params()
+    options.ftype = QUANTIZED[kind]
+    if lib.llama_model_quantize(str(file).encode(), str(target).encode(), ctypes.byref(options)):
+        raise SystemExit(f"llama.cpp cannot make {kind}")
+    return target
 
 
 def in_llama_cpp(file: Path, config: llama3.Config, threads: int) -> Contestant:
@@ -296,8 +314,8 @@ def peak_memory(path: Path, n: int, dtype: str) -> int:
         source = formats.open({str(path)!r})
         config = source.config
         device = torch.device("cpu")
-        weights = source.load_weights(device, {dtype} or source.default_dtype(device))
-        weights = with_built_steps(weights, config, build=False)
+        weights = [source.load_weights(device, {dtype} or source.default_dtype(device))]
+        weights = with_built_steps(weights.pop(), config, build=False)
         next(llama3.generate([7] * {n}, weights, config, max_new_tokens=1))
         print(peak_rss_bytes())"""
     result = subprocess.run(
@@ -370,7 +388,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure llama3.py on a random model.")
     parser.add_argument("--size", choices=SIZES, default="small", help="of a random model")
     parser.add_argument("--model", type=Path, help="a folder or file instead of a random model")
-    parser.add_argument("--format", choices=FORMATS, help="the type that weights are stored in")
+    parser.add_argument("--format", choices=(*FORMATS, *QUANTIZED), help="the type of weights")
     parser.add_argument("--against", default="", help="llama.cpp, transformers, or both")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=llama3.DTYPES, help="type to compute in")
@@ -383,24 +401,30 @@ def main() -> None:
     params, contexts = SIZES[args.size] if not args.model else ({}, (128, 1024))
     with tempfile.TemporaryDirectory() as name:
         path = args.model or Path(name)
+        stored = "BF16" if args.format in QUANTIZED else args.format
         if not args.model:
-            make_checkpoint(path, params, FORMATS[args.format or "BF16"])
-        elif args.format:
-            path, source = Path(name) / "model.gguf", formats.open(args.model)
-            write_gguf(path, source.load_weights(device, torch.float32), source.config, args.format)
-        start = time.perf_counter()
+            make_checkpoint(path, params, FORMATS[stored or "BF16"])
+        if args.format in QUANTIZED or (args.model and args.format):
+            source = formats.open(path)
+            weights = source.load_weights(device, torch.float32)
+            path = write_gguf(Path(name) / "model.gguf", weights, source.config, stored)
+        if args.format in QUANTIZED:
+            path = quantize(path, Path(name) / "quantized.gguf", args.format)
         source = formats.open(path)
         config, dtype = source.config, llama3.DTYPES.get(args.dtype) or source.default_dtype(device)
-        weights = source.load_weights(device, dtype)
-        load_s = time.perf_counter() - start
         computed = str(dtype).removeprefix("torch.")
-        contestants = {}
-        start = time.perf_counter()
-        built = with_built_steps(weights, config, build=True) if device.type == "cpu" else weights
-        build_s = time.perf_counter() - start
+        contestants, seconds_of = {}, {}
+        for what in ("build", "load"):  # which includes that words are made of blocks
+            start = time.perf_counter()
+            weights = source.load_weights(device, dtype)
+            on_cpu = device.type == "cpu"
+            built = with_built_steps(weights, config, build=True) if on_cpu else weights
+            seconds_of[what] = time.perf_counter() - start
         if any(map(callable, built.values())):  # else it could not be built
             contestants["built"] = ours(built, config)
-        contestants["not built"] = ours(weights, config)
+        plain = expanded(weights)
+        if not any(isinstance(w, Blocks) for n, w in plain.items() if "embed" not in n):
+            contestants["not built"] = ours(plain, config)
         against = [other for other in args.against.split(",") if other]
         if "llama.cpp" in against:
             file = path if path.is_file() else Path(name) / "model.gguf"
@@ -409,7 +433,7 @@ def main() -> None:
             contestants["llama.cpp"] = in_llama_cpp(file, config, args.threads)
         if "transformers" in against:
             contestants["transformers bfloat16"] = in_transformers(config, device)
-        matrices = [w for name, w in weights.items() if w.dim() == 2 and "embed" not in name]
+        matrices = [w for n, w in weights.items() if len(w.shape) == 2 and "embed" not in n]
         kv_bytes = 2 * config.n_layers * config.n_kv_heads * config.head_dim
         record = {
             "command": " ".join(["python", "benchmarks/run.py", *sys.argv[1:]]),
@@ -419,12 +443,12 @@ def main() -> None:
             "threads": args.threads,
             "versions": f"Python {platform.python_version()}, PyTorch {torch.__version__}",
             "dtype": computed,
-            "load_s": load_s,
-            "build_s": build_s,
+            "load_s": seconds_of["load"],
+            "build_s": seconds_of["build"],
             "machine": machine(device),
             "model": {
-                "matrices": sum(w.numel() for w in matrices),
-                "stored": sum(w.nbytes for w in matrices),
+                "matrices": sum(math.prod(w.shape) for w in matrices),
+                "stored": sum(getattr(w, "raw", w).nbytes for w in matrices),
                 "output": config.vocab_size * config.dim,
                 "attention": 4 * config.dim * config.n_layers,
                 "cache": kv_bytes * weights["norm.weight"].itemsize,

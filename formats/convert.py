@@ -54,21 +54,22 @@ def params_of(config: llama3.Config) -> dict[str, object]:
 def refuse_existing(path: Path) -> None:
     """Raise CheckpointError if there is something at `path` but an empty folder."""
     if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
-        raise CheckpointError(path, "already exists and is not overwritten; choose a new folder")
+        raise CheckpointError(path, "already exists and is not overwritten; choose a new name")
 
 
 @contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to write to, which becomes `path` when all is written, and is gone if it is not."""
+def new(path: Path, folder: bool = True) -> Iterator[Path]:
+    """A folder or file to write, which becomes `path` when all is there, else it is gone."""
     refuse_existing(path)
     path = Path(os.path.realpath(path))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{path.name[:99]}.", dir=path.parent) as made:
-            folder = Path(made) / "new"
-            folder.mkdir()
-            yield folder
-            os.replace(folder, path)
+            inner = Path(made) / "new"
+            if folder:
+                inner.mkdir()
+            yield inner
+            os.replace(inner, path)
     except Exception as error:  # a library that cannot write a file raises what it likes
         if out_of_memory(error) or isinstance(error, ImportError | CheckpointError):
             raise
@@ -102,7 +103,7 @@ def to_meta(
         own = torch.from_numpy(w.flatten().view(torch.uint8).numpy())
         weights[name] = own.view(w.dtype).view(w.shape)
     weights.setdefault("output.weight", weights["tok_embeddings.weight"])
-    with new_folder(out_dir) as folder:
+    with new(out_dir) as folder:
         for name, content in files.items():
             (folder / name).write_text(content)
         torch.save(weights, folder / "consolidated.00.pth")
@@ -174,7 +175,7 @@ def to_hf(source: Source, out_dir: Path, progress: Progress = iter, tokenizer: b
             "chat_template": CHAT_TEMPLATE,
         }
     sizes = {n: math.prod(s.shape) * s.dtype.itemsize for n, s in source.stored.items()}
-    with new_folder(out_dir) as folder:
+    with new(out_dir) as folder:
         tensors, places, file, held = {}, {}, "model-00001.safetensors", 0
         for name in progress(source.stored):
             if held and held + sizes[name] > SHARD_BYTES:
@@ -223,7 +224,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         source = formats.open(args.source)
         say(f"convert: found {source.found}")
         if is_gguf:
-            to_gguf(source, args.out, args.type or "BF16", progress, not args.no_tokenizer)
+            with new(args.out, folder=False) as path:
+                to_gguf(source, path, args.type or "BF16", progress, not args.no_tokenizer)
         else:
             write = to_hf if args.to_hf else to_meta
             write(source, args.out, progress, not args.no_tokenizer)

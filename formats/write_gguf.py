@@ -1,8 +1,6 @@
 """Write a model as a GGUF file, for llama.cpp."""
 
 import math
-import os
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -61,7 +59,7 @@ def to_gguf(
     progress: Callable[[Iterable[str]], Iterable[str]] = iter,
     tokenizer: bool = True,
 ) -> None:
-    """Write a model with matrices of a type, but for those whose rows its blocks do not divide.
+    """Write a model as a new file, with matrices of a type where its blocks divide their rows.
 
     Raises CheckpointError.
     """
@@ -86,29 +84,24 @@ def to_gguf(
         w = w.to(torch.float32) if isinstance(w, Blocks) else w
         return w.to(torch.float32 if tensors[name] == "F32" else torch.bfloat16).contiguous()
 
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{path.name[:99]}.", dir=path.parent) as folder:
-            writer = gguf.GGUFWriter(Path(folder, "new"), "llama")
-            for key, value in fields.items():
-                add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
-                add |= {bool: writer.add_bool, list: writer.add_array}
-                add[type(value)](key, value)
-            if divisors:
-                raw = torch.tensor(divisors, dtype=torch.float32).numpy()
-                writer.add_tensor_info("rope_freqs.weight", raw.shape, raw.dtype, raw.nbytes)
-            for name, type_name in tensors.items():
-                number, shape = gguf.GGMLQuantizationType[type_name], source.stored[name].shape
-                numbers, size = gguf.GGML_QUANT_SIZES[number]
-                n_bytes, there = math.prod(shape) // numbers * size, to_gguf_name(name)
-                writer.add_tensor_info(there, shape, np.dtype("float32"), n_bytes, number)
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            if divisors:
-                writer.write_tensor_data(raw)
-            for name in progress(tensors):
-                writer.write_tensor_data(content(name).flatten().view(torch.uint8).numpy())
-            writer.close()
-            os.replace(Path(folder, "new"), path)
-    except OSError as error:
-        raise CheckpointError(path, f"cannot be written: {error.strerror or error}") from None
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in fields.items():
+        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        add |= {bool: writer.add_bool, list: writer.add_array}
+        add[type(value)](key, value)
+    if divisors:
+        raw = torch.tensor(divisors, dtype=torch.float32).numpy()
+        writer.add_tensor_info("rope_freqs.weight", raw.shape, raw.dtype, raw.nbytes)
+    for name, type_name in tensors.items():
+        number, shape = gguf.GGMLQuantizationType[type_name], source.stored[name].shape
+        numbers, size = gguf.GGML_QUANT_SIZES[number]
+        n_bytes, there = math.prod(shape) // numbers * size, to_gguf_name(name)
+        writer.add_tensor_info(there, shape, np.dtype("float32"), n_bytes, number)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    if divisors:
+        writer.write_tensor_data(raw)
+    for name in progress(tensors):
+        writer.write_tensor_data(content(name).flatten().view(torch.uint8).numpy())
+    writer.close()

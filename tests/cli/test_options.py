@@ -22,7 +22,7 @@ GROUPS = {
     "model": "ckpt-dir tokenizer max-seq-len",
     "sampling": "max-new-tokens temperature top-k top-p min-p repetition-penalty seed",
     "output": "logprobs plot plot-layer stats",
-    "machine": "device dtype compile threads",
+    "machine": "device dtype quantize compile threads",
 }
 
 

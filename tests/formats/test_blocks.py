@@ -4,8 +4,9 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import apart, random_blocks
+from conftest import apart, config_of, random_blocks, random_weights, split
 
+import formats
 from formats import blocks
 from formats.blocks import DEQUANTIZE
 from formats.source import Stored
@@ -79,3 +80,52 @@ def test_a_part_of_blocks_is_blocks_where_none_is_cut(name):
     assert torch.equal(stored.weight(1, torch.float32, 8, 1000), dense[:, 8:1000])
     assert torch.equal(stored.tensor(1), dense.bfloat16())
     assert torch.equal(torch.cat([*stored.tensors()]), dense)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_0"])
+def test_numbers_are_quantized_to_the_packages_bits(monkeypatch, name, dtype):
+    """Of any size, and where the farthest from zero is there with both signs."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 1024, generator=generator) * torch.logspace(-9, 4, 300)[:, None]
+    x[3], x[4] = 0, torch.tensor([0.5, -0.5]).repeat(512)
+    x[5], x[6], x[7] = -x[4], torch.arange(1024) / 2 - 256, x[7].round()
+    x[8:40] = torch.randint(-3, 4, (32, 1024), generator=generator).float()
+    x = x.to(dtype)
+    expected = gguf.quants.quantize(x.float().numpy(), gguf.GGMLQuantizationType[name])
+    for at_once in (1, 4096, 2**18):
+        monkeypatch.setattr(blocks, "AT_ONCE", at_once)
+        assert torch.equal(blocks.quantized(x, name), torch.from_numpy(expected))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_0"])
+def test_a_model_is_quantized_as_it_loads(tmp_path, name, parts):
+    """Embeddings and norms stay; of several files, parts are put together before."""
+    config = config_of(tmp_path, dim=64, n_layers=1)
+    weights = random_weights(config)
+    split(weights, tmp_path, parts)
+    source = formats.quantized(formats.open(tmp_path), name)
+    assert source.found.endswith(f", made {name}")
+    loaded = source.load_weights(dtype=torch.float32)
+    number = gguf.GGMLQuantizationType[name]
+    for key, w in weights.items():
+        if w.dim() == 1 or "embed" in key:
+            assert torch.equal(loaded[key], w)
+        else:
+            raw = torch.from_numpy(gguf.quants.quantize(w.numpy(), number))
+            assert torch.equal(loaded[key].raw, raw)
+    with pytest.raises(ValueError, match="nothing of it can become Q4_0"):
+        formats.quantized(source, "Q4_0")
+
+
+def test_a_tied_output_is_quantized_and_the_embeddings_are_not(tmp_path):
+    weights = random_weights(config_of(tmp_path, dim=64, n_layers=1))
+    del weights["output.weight"]
+    torch.save(weights, tmp_path / "consolidated.00.pth")
+    source = formats.quantized(formats.open(tmp_path), "Q8_0")
+    loaded, table = source.load_weights(dtype=torch.float32), weights["tok_embeddings.weight"]
+    assert torch.equal(loaded["tok_embeddings.weight"], table)
+    assert torch.equal(loaded["output.weight"].raw, blocks.quantized(table, "Q8_0"))
+    needed = source.bytes_needed(torch.device("cpu"), torch.float32)
+    assert needed == 34 / 32 * (sum(w.numel() for w in weights.values() if w.dim() == 2))

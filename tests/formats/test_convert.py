@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 
+import gguf
 import pytest
 import torch
 from conftest import DEMO, ROOT, apart
@@ -251,6 +252,84 @@ def test_another_tokenizer_than_llama_3s_is_not_exported(tmp_path, folder, capfd
     assert sorted(os.listdir(tmp_path / "back")) == ["config.json", "model.safetensors"]
 
 
+# --- GGUF files -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["BF16", "Q8_0", "Q4_0"])
+def test_a_gguf_file_has_the_models_numbers_and_its_tokens(
+    tmp_path, capfd, kind, demo_config, demo_weights, demo_tokenizer
+):
+    path = tmp_path / "demo.gguf"
+    options = ["--type", kind] if kind != "BF16" else []
+    said(capfd, 0, convert.main, DEMO, path, *options)
+    source = formats.open(path)
+    assert source.config == demo_config
+    for name, w in demo_weights.items():
+        stored, expected = source.stored[name], w.float()
+        if w.dim() == 2 and kind != "BF16":
+            number = gguf.GGMLQuantizationType[kind]
+            raw = gguf.quants.quantize(expected.numpy(), number)
+            assert torch.equal(stored.parts()[0], torch.from_numpy(raw))
+            expected = torch.from_numpy(gguf.quants.dequantize(raw, number))
+        assert torch.equal(torch.cat([*stored.tensors()]).float(), expected)
+    tokenizer = source.tokenizer()
+    assert tokenizer.format == demo_tokenizer.format
+    for text in texts():
+        encoded = tokenizer_setup.encode(tokenizer, text)
+        assert encoded == tokenizer_setup.encode(demo_tokenizer, text)
+
+
+def test_transformers_reads_a_gguf_file_as_the_demo(tmp_path, demo_tokenizer, demo_config):
+    import transformers
+
+    path = tmp_path / "demo.gguf"
+    assert convert.main([str(DEMO), str(path), "--type", "Q8_0"]) == 0
+    options = {"gguf_file": path.name}
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, **options
+    ).eval()
+    source = formats.open(path)
+    tokens = torch.tensor(tokenizer_setup.encode(demo_tokenizer, "17 plus 8 is "))
+    with torch.no_grad():
+        expected = model(tokens[None]).logits[0]
+    logits = llama3.forward(tokens, source.load_weights(dtype=torch.float32), demo_config)
+    assert apart(logits, expected) < 1e-4
+    assert demo_tokenizer.decode([logits[-1].argmax().item()]) == "25"
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, **options)
+    for text in texts():
+        assert theirs(text)["input_ids"] == tokenizer_setup.encode(demo_tokenizer, text), text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_models_of_other_sizes_become_gguf_files(tmp_path, kind):
+    """Scaled, tied, with biases; Q8_0 where its blocks of 32 divide the rows."""
+    hf_model(kind).save_pretrained(tmp_path / "hf")
+    source = formats.open(tmp_path / "hf")
+    for kind_of_blocks in ("BF16", "Q8_0"):
+        path = tmp_path / f"{kind_of_blocks}.gguf"
+        arguments = ["--no-tokenizer", "--type", kind_of_blocks]
+        assert convert.main([str(tmp_path / "hf"), str(path), *arguments]) == 0
+        again = formats.open(path)
+        config = again.config._replace(rope_divisors=source.config.rope_divisors)
+        assert config == source.config
+        a = llama3.forward(TOKENS, again.load_weights(dtype=torch.float32), again.config)
+        b = llama3.forward(TOKENS, source.load_weights(dtype=torch.float32), source.config)
+        assert apart(a, b) < 0.1
+
+
+def test_a_type_is_for_gguf_files_which_need_llama_3s_tokenizer(tmp_path, folder, capfd):
+    hf_model("llama", vocab_size=528).save_pretrained(folder)
+    line = error_of(capfd, convert.main, folder, tmp_path / "out.gguf")
+    assert "its tokenizer is not Llama 3's; leave it out with --no-tokenizer" in line
+    for arguments in (["--type", "Q8_0", tmp_path / "out"], ["--to-hf", tmp_path / "out.gguf"]):
+        with pytest.raises(SystemExit) as ended:
+            convert.main([str(folder), *map(str, arguments)])
+        assert ended.value.code == 2
+        told = "--type is for an OUT that ends in .gguf, --to-hf for another one"
+        assert told in capfd.readouterr().err
+    assert sorted(os.listdir(tmp_path)) == ["hf"]
+
+
 # --- the command ----------------------------------------------------------------------------------
 
 
@@ -346,7 +425,7 @@ def test_nothing_is_written_over_and_nothing_is_left_behind(tmp_path, folder, ca
     said(capfd, 0, convert.main, folder, out)  # an empty folder will do
     before = {path: path.read_bytes() for path in out.iterdir()}
     line = error_of(capfd, convert.main, folder, out)
-    told = "already exists and is not overwritten; choose a new folder"
+    told = "already exists and is not overwritten; choose a new name"
     assert line == f"convert: error: {out}: {told}"
     assert {path: path.read_bytes() for path in out.iterdir()} == before
     (tmp_path / "file").touch()
@@ -363,6 +442,7 @@ def test_nothing_is_written_over_and_nothing_is_left_behind(tmp_path, folder, ca
         monkeypatch.setattr(convert, "tqdm", lambda names, fails=fails, **_: fails(names))
         said(capfd, status, convert.main, folder, tmp_path / "more")
         said(capfd, status, convert.main, "--to-hf", DEMO, tmp_path / "more")
+        said(capfd, status, convert.main, DEMO, tmp_path / "more.gguf")
     assert sorted(os.listdir(tmp_path)) == ["file", "hf", "out"]
 
 
@@ -380,10 +460,10 @@ def files_of_at_most(size):
 
 def test_what_cannot_be_written_leaves_nothing_behind(tmp_path, folder, capfd):
     out = tmp_path / "out"
-    for arguments in ([folder, out], ["--to-hf", DEMO, out]):
+    for arguments in ([folder, out], ["--to-hf", DEMO, out], [DEMO, tmp_path / "out.gguf"]):
         with files_of_at_most(50_000):
             line = error_of(capfd, convert.main, *arguments)
-        assert line.startswith(f"convert: error: {out}: cannot be written: ")
+        assert line.startswith(f"convert: error: {arguments[-1]}: cannot be written: ")
     assert sorted(os.listdir(tmp_path)) == ["hf"]
 
 
