@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +10,7 @@ from torch import Tensor
 
 import llama3
 from cli.build import BUILT_FROM_BYTES, Part, Run, key_of, runs_of
-from cli.words import Product, Words, dequantized, multiply_words, some_rows, with_words
-from formats.blocks import Blocks
+from cli.words import Product, Words, dequantized, multiply_words, size_of, some_rows, with_words
 
 ROOM = 8  # positions in the cache that a layer is tried with
 
@@ -191,12 +189,8 @@ def with_built_steps(
     is always used. layers: whole layers, else every matrix by itself. steps: for single tokens,
     else only what dequantizes. Blocks become words, and go if nobody else holds them.
     """
-    dtype = weights["norm.weight"].dtype
-    sizes = (
-        math.prod(w.shape) * dtype.itemsize if isinstance(w, Blocks) else w.nbytes
-        for w in weights.values()
-    )
-    wanted = sum(sizes) > BUILT_FROM_BYTES if build is None else build
+    dtype, size = weights["norm.weight"].dtype, sum(map(size_of, weights.values()))
+    wanted = size > BUILT_FROM_BYTES if build is None else build
     weights = with_words(weights, wanted, bool(build))
     parts = layer_parts(weights, config) if layers else {}
     for name, w in weights.items():

@@ -273,6 +273,11 @@ def with_words(weights: llama3.Weights, build: bool, again: bool) -> llama3.Weig
     return weights
 
 
+def size_of(w: Tensor | Blocks) -> int:
+    """The bytes of a weight; of one in blocks, those of its numbers in bfloat16."""
+    return 2 * math.prod(w.shape) if isinstance(w, Blocks) else w.nbytes
+
+
 def expanded(weights: llama3.Weights) -> llama3.Weights:
     """The weights without blocks, but for embeddings, if that is a small model.
 
@@ -280,6 +285,6 @@ def expanded(weights: llama3.Weights) -> llama3.Weights:
     """
     blocks = {n: w for n, w in weights.items() if isinstance(w, Blocks) and "embed" not in n}
     dtype = weights["norm.weight"].dtype
-    if sum(math.prod(b.shape) for b in blocks.values()) * dtype.itemsize > BUILT_FROM_BYTES:
+    if sum(map(size_of, blocks.values())) > BUILT_FROM_BYTES:
         return weights
     return {**weights, **{name: b.to(dtype) for name, b in blocks.items()}}

@@ -140,10 +140,10 @@ def test_it_knows_the_capital_of_france(source, weights):
 
 def test_the_readme_shows_what_it_says(path, capsys):
     section = (ROOT / "README.md").read_text().split("## A real model in two lines")[1]
-    command = re.search(r'--prompt "([^"]*)" --max-new-tokens (\d+) --dtype float32', section)
+    command = re.search(r'--prompt "([^"]*)" --max-new-tokens (\d+)$', section, re.MULTILINE)
     shown = re.search(r"^> (.*\n(?:> .*\n)*)", section, re.MULTILINE)[1]
-    arguments = ["--prompt", command[1], "--max-new-tokens", command[2], "--dtype", "float32"]
-    assert main(["--ckpt-dir", str(path), *arguments, "--device", "cpu"]) == 0
+    arguments = ["--prompt", command[1], "--max-new-tokens", command[2], "--device", "cpu"]
+    assert main(["--ckpt-dir", str(path), *arguments]) == 0
     out = capsys.readouterr().out
     assert " ".join(out.split()) == " ".join(shown.replace("> ", " ").split())
 
@@ -166,8 +166,7 @@ def test_the_readmes_conversation_is_what_it_says(path, capsys, monkeypatch):
     shown = [line for line in session.splitlines()[1:] if not line.startswith("> ")]
     content = "".join(line + "\n" for line in typed).encode()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
-    arguments = ["--chat", "--ckpt-dir", str(path), "--dtype", "float32", "--device", "cpu"]
-    assert main(arguments) == 0
+    assert main(["--chat", "--ckpt-dir", str(path), "--device", "cpu"]) == 0
     answers = capsys.readouterr().out.splitlines()
     assert answers == shown
 
