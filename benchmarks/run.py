@@ -314,8 +314,8 @@ def peak_memory(path: Path, n: int, dtype: str) -> int:
         source = formats.open({str(path)!r})
         config = source.config
         device = torch.device("cpu")
-        weights = [source.load_weights(device, {dtype} or source.default_dtype(device))]
-        weights = with_built_steps(weights.pop(), config, build=False)
+        weights = source.load_weights(device, {dtype} or source.default_dtype(device))
+        weights = with_built_steps(weights, config, build=False)
         next(llama3.generate([7] * {n}, weights, config, max_new_tokens=1))
         print(peak_rss_bytes())"""
     result = subprocess.run(
@@ -418,7 +418,7 @@ def main() -> None:
             start = time.perf_counter()
             weights = source.load_weights(device, dtype)
             on_cpu = device.type == "cpu"
-            built = with_built_steps(weights, config, build=True) if on_cpu else weights
+            built = with_built_steps({**weights}, config, build=True) if on_cpu else weights
             seconds_of[what] = time.perf_counter() - start
         if any(map(callable, built.values())):  # else it could not be built
             contestants["built"] = ours(built, config)

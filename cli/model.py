@@ -89,11 +89,11 @@ class Model(NamedTuple):
             check_memory(self.config, size, self.device, dtype, prompt, new, batch)
             span = ranks.span_of(source.config, rank, n)
             loading = bar("loading", " tensors", delay=0.5)
-            weights = [source.load_weights(self.device, dtype, loading, span)]
+            weights = source.load_weights(self.device, dtype, loading, span)
             if self.device.type == "cpu" and args.compile is not False:
                 options = {"steps": new > 1 and batch == 1, "layers": n == 1}
-                weights = [with_built_steps(weights.pop(), self.config, args.compile, **options)]
-            return ranks.connected(expanded(*weights), source.config, rank, n)
+                weights = with_built_steps(weights, self.config, args.compile, **options)
+            return ranks.connected(expanded(weights), source.config, rank, n)
 
     def steps(
         self, prompts: Sequence[Sequence[int]], weights: llama3.Weights, **options: Any

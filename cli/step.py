@@ -10,7 +10,7 @@ from torch import Tensor
 
 import llama3
 from cli.build import BUILT_FROM_BYTES, Part, Run, key_of, runs_of
-from cli.words import Product, Words, dequantized, multiply_words, size_of, some_rows, with_words
+from cli.words import Product, Words, dequantized, make_words, multiply_words, size_of, some_rows
 
 ROOM = 8  # positions in the cache that a layer is tried with
 
@@ -108,6 +108,7 @@ def layer_parts(weights: llama3.Weights, config: llama3.Config) -> dict[str, Par
     for layer in range(config.n_layers):
         start = f"layers.{layer}."
         own = {n.replace(start, "layers.0."): w for n, w in weights.items() if n.startswith(start)}
+        own = {n: own[n] for n in sorted(own)}
         own = {n: w.words if isinstance(w, Product) else w for n, w in own.items()}
         if all(isinstance(w, Words) or buildable(w) for w in own.values()):
             apart = {name: taken_apart(w) for name, w in own.items()}
@@ -135,7 +136,7 @@ def matrix_part(w: Tensor | Words, dtype: torch.dtype) -> Part:
         functools.partial(one_matrix, form=form, times=times)
         for times in (multiply, multiply_plainly)
     )
-    open_sizes = {}, *[{rows: "rows"}] * len(tensors)
+    open_sizes = {}, *[{rows: "rows"} if t.shape[rows] > 1 else {} for t in tensors]
     return Part(*functions, (x,), tensors, open_sizes, f"matrix {form}")
 
 
@@ -177,7 +178,7 @@ def matrix_function(run: Run, w: Tensor | Product) -> Callable[[Tensor], Tensor]
 
 @torch.inference_mode()
 def with_built_steps(
-    weights: llama3.Weights,
+    weights: dict[str, Any],
     config: llama3.Config,
     build: bool | None = None,
     layers: bool = True,
@@ -187,11 +188,11 @@ def with_built_steps(
 
     build: whether to build what is not there yet; None: if there are enough weights. What is there
     is always used. layers: whole layers, else every matrix by itself. steps: for single tokens,
-    else only what dequantizes. Blocks become words, and go if nobody else holds them.
+    else only what dequantizes. Blocks in `weights` itself are replaced by words.
     """
     dtype, size = weights["norm.weight"].dtype, sum(map(size_of, weights.values()))
     wanted = size > BUILT_FROM_BYTES if build is None else build
-    weights = with_words(weights, wanted, bool(build))
+    make_words(weights, wanted, bool(build))
     parts = layer_parts(weights, config) if layers else {}
     for name, w in weights.items():
         w = w.words if isinstance(w, Product) else w

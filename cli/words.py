@@ -15,7 +15,7 @@ byte: the words that follow are above it, in what remains of these bytes.
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -99,10 +99,14 @@ REPACK: dict[str, Callable[[Tensor], list[Tensor]]] = {
     "Q4_0": lambda b: [lanes(b[..., :2], torch.float16), lanes(b[..., 2:])],
     "Q4_1": lambda b: [lanes(b[..., :4], torch.float16), lanes(b[..., 4:])],
     "Q5_0": lambda b: [
-        *(lanes(b[..., :2], torch.float16), lanes(b[..., 6:]), spread(lanes(b[..., 2:6])))
+        lanes(b[..., :2], torch.float16),
+        lanes(b[..., 6:]),
+        spread(lanes(b[..., 2:6])),
     ],
     "Q5_1": lambda b: [
-        *(lanes(b[..., :4], torch.float16), lanes(b[..., 8:]), spread(lanes(b[..., 4:8])))
+        lanes(b[..., :4], torch.float16),
+        lanes(b[..., 8:]),
+        spread(lanes(b[..., 4:8])),
     ],
     "Q4_K": q4_k,
     "Q5_K": q5_k,
@@ -242,7 +246,7 @@ def part_of(m: Words, dtype: torch.dtype) -> Part:
     def function(*tensors: Tensor) -> Tensor:
         return dequantized(Words(m.kind, None, *tensors), dtype)
 
-    tensors = some_rows(m, 0, 3)[2:]
+    tensors = m[2:]
     sizes = tuple({i: f"size{i}" for i in (0, 1) if t.shape[i] > 1} for t in tensors)
     return Part(function, function, (), tensors, sizes, f"dequantize {m.kind} {dtype}")
 
@@ -260,17 +264,20 @@ class Product(NamedTuple):
         return torch.cat(parts, dim=-1)[..., : m.outputs]
 
 
-def with_words(weights: llama3.Weights, build: bool, again: bool) -> llama3.Weights:
-    """The weights with words for all blocks but the embeddings, if what they need is built."""
-    weights, dtype, parts = {**weights}, weights["norm.weight"].dtype, {}
-    for name, w in weights.items():
-        if isinstance(w, Blocks) and "embed" not in name:
-            parts[name] = part_of(repacked(Blocks(w.raw[: 3 * LANES], w.kind)), dtype)
-    runs = runs_of(parts.values(), build, again, "what dequantizes weights")
+def make_words(weights: dict[str, Any], build: bool, again: bool) -> None:
+    """Put words in the place of all blocks but the embeddings, if what they need is built.
+
+    Blocks go one after the other, so that there is no second copy of a model.
+    """
+    names = [n for n, w in weights.items() if isinstance(w, Blocks) and "embed" not in n]
+    dtype, parts = weights["norm.weight"].dtype, {}
+    for name in names:
+        few = Blocks(weights[name].raw[: 3 * LANES], weights[name].kind)
+        parts[name] = part_of(repacked(few), dtype)
+    runs = runs_of(parts.values(), build, again, "what dequantizes weights fast")
     if {key_of(part) for part in parts.values()} == runs.keys():
-        for name in bar("repacking", " tensors", delay=0.5)(parts):
+        for name in bar("repacking", " tensors", delay=0.5)(names):
             weights[name] = Product(repacked(weights[name]), runs[key_of(parts[name])])
-    return weights
 
 
 def size_of(w: Tensor | Blocks) -> int:

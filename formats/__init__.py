@@ -70,7 +70,7 @@ def quantized(source: Source, kind: str) -> Source:
 
     def made(name: str, w: Stored) -> Stored:
         def parts() -> Sequence[Tensor]:
-            return [blocks.quantized(join(w.parts(), llama3.split_axis(name)), kind)]
+            return [blocks.to_blocks(join(w.parts(), llama3.split_axis(name)), kind)]
 
         return w._replace(parts=parts, is_copy=True, stored_as=kind, blocks=True)
 

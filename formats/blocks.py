@@ -108,6 +108,9 @@ class Blocks:
         """[outputs, inputs]."""
         return len(self.raw), self.raw.shape[1] // BYTES[self.kind] * SIZES[self.kind]
 
+    def __len__(self) -> int:
+        return len(self.raw)
+
     def __getitem__(self, rows: Tensor | slice) -> Tensor:
         """Rows, dequantized: float32 [..., inputs]."""
         blocks = self.raw[rows].unflatten(-1, (-1, BYTES[self.kind]))
@@ -115,7 +118,8 @@ class Blocks:
 
     def pieces(self) -> Iterator[Tensor]:
         """Some rows after the other, dequantized: float32 [n, inputs]."""
-        n = max(AT_ONCE // self.shape[1], 1)
+        at_once = AT_ONCE if self.raw.device.type == "cpu" else 64 * AT_ONCE
+        n = max(at_once // self.shape[1], 1)
         return (self[start : start + n] for start in range(0, len(self.raw), n))
 
     def to(self, dtype: torch.dtype) -> Tensor:
@@ -153,7 +157,13 @@ def in_blocks(x: Tensor, kind: str) -> Tensor:
     return torch.cat([d.half().view(torch.uint8), q], dim=-1).flatten(-2)
 
 
-def quantized(w: Tensor | Blocks, kind: str) -> Tensor:
+def to_blocks(w: Tensor | Blocks, kind: str) -> Tensor:
     """A matrix in blocks of Q8_0 or Q4_0, uint8 [outputs, bytes of a row], some rows at a time."""
+    if isinstance(w, Blocks) and w.kind == kind:
+        return w.raw
     pieces = w.pieces() if isinstance(w, Blocks) else w.split(max(AT_ONCE // w.shape[1], 1))
-    return torch.cat([in_blocks(piece.float(), kind) for piece in pieces])
+    raw, start = torch.empty(len(w), w.shape[1] // SIZES[kind] * BYTES[kind], dtype=torch.uint8), 0
+    for piece in pieces:
+        raw[start : start + len(piece)] = in_blocks(piece.float(), kind)
+        start += len(piece)
+    return raw

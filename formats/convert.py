@@ -29,7 +29,7 @@ from formats.errors import CheckpointError, one_line, out_of_memory, say
 from formats.huggingface import BIASES_QKV, HF_KEYS, to_hf_name
 from formats.source import Source, pairs_half_a_head_apart
 from formats.text import CHAT_TEMPLATE, merges_of
-from formats.write_gguf import TYPES, to_gguf
+from formats.write_gguf import TYPES, llama3_vocabulary, to_gguf
 
 Progress = Callable[[Iterable[str]], Iterable[str]]
 # Meta's own multiple_of and ffn_dim_multiplier, so that a params.json is as Meta's: no ffn_dim.
@@ -51,16 +51,16 @@ def params_of(config: llama3.Config) -> dict[str, object]:
     return {key: value for key, value in params.items() if value is not None}
 
 
-def refuse_existing(path: Path) -> None:
-    """Raise CheckpointError if there is something at `path` but an empty folder."""
-    if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
+def refuse_existing(path: Path, folder: bool) -> None:
+    """Raise CheckpointError if there is something at `path`, but where an empty folder will do."""
+    if os.path.lexists(path) and not (folder and path.is_dir() and not any(path.iterdir())):
         raise CheckpointError(path, "already exists and is not overwritten; choose a new name")
 
 
 @contextlib.contextmanager
 def new(path: Path, folder: bool = True) -> Iterator[Path]:
     """A folder or file to write, which becomes `path` when all is there, else it is gone."""
-    refuse_existing(path)
+    refuse_existing(path, folder)
     path = Path(os.path.realpath(path))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -158,10 +158,7 @@ def to_hf(source: Source, out_dir: Path, progress: Progress = iter, tokenizer: b
 
     files = {"config.json": hf_config(source)}
     if tokenizer:
-        ranks, text_format = source.vocabulary()
-        if text_format != tokenizer_setup.llama3_format(len(ranks)):
-            problem = "its tokenizer is not Llama 3's; leave it out with --no-tokenizer"
-            raise CheckpointError(source.path, problem)
+        ranks, text_format = llama3_vocabulary(source)
         special = text_format.special_tokens
         ends = sorted(special[name] for name in text_format.stop)
         ids = {"bos_token_id": special["<|begin_of_text|>"], "eos_token_id": ends}
@@ -220,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         is_gguf = args.out.suffix.lower() == ".gguf"
         if (args.to_hf and is_gguf) or (args.type and not is_gguf):
             parser.error("--type is for an OUT that ends in .gguf, --to-hf for another one")
-        refuse_existing(args.out)
+        refuse_existing(args.out, folder=not is_gguf)
         source = formats.open(args.source)
         say(f"convert: found {source.found}")
         if is_gguf:

@@ -105,21 +105,28 @@ def gguf_tensors(path: Path, places: Places) -> dict[str, Stored]:
     """All tensors of a GGUF file, under the names there. Raises CheckpointError."""
     import gguf
 
+    file = path.open("rb")  # the same one, whatever is there under its name later
+
     def entry(name: str, shape: tuple[int, ...], number: int, start: int) -> Stored:
         kind, dtype = gguf.GGMLQuantizationType(number), DTYPES.get(number)
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
         size = math.prod(shape) // block * block_bytes
 
         def mapped() -> Tensor:  # by itself, so that its pages go when it does
-            return torch.from_numpy(np.memmap(path, mode="c", offset=start, shape=(size,)))
+            try:
+                return torch.from_numpy(np.memmap(file, mode="c", offset=start, shape=(size,)))
+            except ValueError as error:  # it was longer when its header was read
+                raise CheckpointError(path, one_line(error)) from None
 
         def dequantized() -> Tensor:
             with np.errstate(all="ignore"):  # infinite scales are found when computed with
-                parts = (
-                    torch.from_numpy(gguf.quants.dequantize(part.numpy(), kind)).bfloat16()
-                    for part in mapped().view(-1, block_bytes).split(AT_ONCE // block)
-                )
-                return torch.cat([*parts]).view(shape)
+                numbers, at_once = torch.empty(shape, dtype=torch.bfloat16), AT_ONCE // block
+                pieces = mapped().view(-1, block_bytes).split(at_once)
+                for place, piece in zip(
+                    numbers.view(-1, block).split(at_once), pieces, strict=True
+                ):
+                    place.copy_(torch.from_numpy(gguf.quants.dequantize(piece.numpy(), kind)))
+                return numbers
 
         if dtype is not None:
             return Stored(

@@ -51,7 +51,10 @@ class Stored(NamedTuple):
     def weight(
         self, axis: int | None, dtype: torch.dtype, begin: int = 0, end: int = 2**62
     ) -> Tensor | Blocks:
-        """What is stored, from `begin` to `end` along an axis; dtype: of blocks that are cut."""
+        """What is stored, from `begin` to `end` along an axis.
+
+        dtype: what becomes of blocks where their rows are cut within a block.
+        """
         if not self.blocks:
             return join(self.parts(), axis, begin, end)
         blocks, numbers = Blocks(join(self.parts(), 0), self.stored_as), SIZES[self.stored_as]
@@ -102,7 +105,7 @@ class Source(NamedTuple):
         dtype: torch.dtype | None = None,
         progress: Callable[[Iterable[str]], Iterable[str]] = iter,
         span: Span = lambda name, size: (0, size),
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Tensor | Blocks]:
         """As llama3.load_weights, of each weight what `span` says, along its split_axis."""
         device, placed = torch.device(device), {}
         dtype = dtype or self.default_dtype(device)
@@ -110,11 +113,13 @@ class Source(NamedTuple):
             axis, stored = llama3.split_axis(name), self.stored[name]
             begin, end = span(name, stored.shape[axis or 0])
             w = stored.weight(axis, dtype, begin, end)
+            cut = end - begin < stored.shape[axis or 0]
             if isinstance(w, Blocks):
-                w = Blocks(w.raw.to(device), w.kind)
+                raw = w.raw.clone() if cut and stored.is_copy else w.raw  # so that the rest goes
+                w = Blocks(raw.to(device), w.kind)
             elif device.type != "cpu" or w.dim() == 1:
                 w = w.to(device, dtype)
-            elif end - begin < stored.shape[axis] and (stored.is_copy or axis == 1):
+            elif cut and (stored.is_copy or axis == 1):
                 w = w.clone(memory_format=torch.contiguous_format)  # so that the rest goes
             placed[name] = w
         if "output.weight" not in placed:
@@ -135,8 +140,9 @@ class Source(NamedTuple):
 
     def bytes_needed(self, device: torch.device, dtype: torch.dtype, n_ranks: int = 1) -> float:
         """The memory that the weights take on a device, about; what is mapped takes none."""
-        size = 0
-        for name, stored in self.stored.items():
+        size, table = 0, self.stored["tok_embeddings.weight"]
+        tied = {"output.weight": table} if table.blocks else {}  # which is repacked, too
+        for name, stored in (tied | self.stored).items():
             n = math.prod(stored.shape) / (1 if name == "tok_embeddings.weight" else n_ranks)
             if stored.blocks:  # repacked; embeddings stay mapped
                 on_cpu = device.type == "cpu" and name == "tok_embeddings.weight"

@@ -10,12 +10,12 @@ from torch import Tensor
 
 import llama3
 import tokenizer_setup
-from formats.blocks import SIZES, Blocks, quantized
+from formats.blocks import SIZES, to_blocks
 from formats.errors import CheckpointError
 from formats.gguf import GGUF_KEYS, to_gguf_name
 from formats.huggingface import divisors_of
 from formats.source import Source
-from formats.text import CHAT_TEMPLATE, merges_of
+from formats.text import CHAT_TEMPLATE, Vocabulary, merges_of
 
 TYPES = ("BF16", "Q8_0", "Q4_0")
 
@@ -28,12 +28,19 @@ def fields_of(source: Source) -> dict[str, object]:
     return {f"llama.{key}": value for key, value in fields.items()}
 
 
-def tokenizer_fields(source: Source) -> dict[str, object]:
-    """Those of Llama 3's tokenizer. Raises CheckpointError for another one."""
+def llama3_vocabulary(source: Source) -> Vocabulary:
+    """The vocabulary of a model. Raises CheckpointError if it is not Llama 3's."""
+    source.tokenizer()  # or it is refused
     ranks, text_format = source.vocabulary()
     if text_format != tokenizer_setup.llama3_format(len(ranks)):
         problem = "its tokenizer is not Llama 3's; leave it out with --no-tokenizer"
         raise CheckpointError(source.path, problem)
+    return ranks, text_format
+
+
+def tokenizer_fields(source: Source) -> dict[str, object]:
+    """Those of Llama 3's tokenizer. Raises CheckpointError for another one."""
+    ranks, text_format = llama3_vocabulary(source)
     spelled, merges, special = *merges_of(ranks), text_format.special_tokens
     tokens = [*sorted(spelled, key=spelled.get), *sorted(special, key=special.get)]
     unused = range(len(tokens), source.config.vocab_size)
@@ -80,8 +87,7 @@ def to_gguf(
         """A tensor's bytes in the file."""
         w = source.stored[name].weight(llama3.split_axis(name), torch.float32)
         if tensors[name] in SIZES:
-            return quantized(w, tensors[name])
-        w = w.to(torch.float32) if isinstance(w, Blocks) else w
+            return to_blocks(w, tensors[name])
         return w.to(torch.float32 if tensors[name] == "F32" else torch.bfloat16).contiguous()
 
     writer = gguf.GGUFWriter(path, "llama")

@@ -114,7 +114,7 @@ def test_a_step_that_was_built_chooses_the_same_tokens(source, blocks, weights):
     """100 of them after each prompt: 30 layers and the output are built, which takes 40 s."""
     if compiler() is None:
         pytest.skip("no C++ compiler is at hand")
-    built = with_built_steps(blocks, source.config, build=True)
+    built = with_built_steps({**blocks}, source.config, build=True)
     assert built.keys() - weights.keys() == {f"layers.{i}" for i in range(30)}
     assert not any(isinstance(w, Blocks) for name, w in built.items() if "embed" not in name)
     for text in ("Gravity is", "What is the capital of France?", "Once upon a time"):

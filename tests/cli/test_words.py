@@ -120,7 +120,7 @@ def quantized(path, kind, **params):
 def test_steps_of_quantized_models_are_built_of_words(tmp_path, tried, kind, layers):
     source = quantized(tmp_path, kind, dim=512, ffn_dim=1024)
     weights = source.load_weights(dtype=torch.float32)
-    built = step.with_built_steps(weights, source.config, True, layers)
+    built = step.with_built_steps({**weights}, source.config, True, layers)
     assert isinstance(built["tok_embeddings.weight"], Blocks)
     assert not any(isinstance(w, Blocks) for n, w in built.items() if "embed" not in n)
     # What dequantizes; then a layer and the output, or matrices of 512 and of 1024 inputs.
@@ -136,12 +136,12 @@ def test_steps_of_quantized_models_are_built_of_words(tmp_path, tried, kind, lay
 def test_batches_and_scores_need_what_dequantizes_alone(tmp_path, tried):
     source = quantized(tmp_path, "Q8_0")
     weights = source.load_weights(dtype=torch.float32)
-    built = step.with_built_steps(weights, source.config, None, steps=False)
+    built = step.with_built_steps({**weights}, source.config, None, steps=False)
     assert tried == []  # it is small
     assert isinstance(built["output.weight"], Blocks)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step, "BUILT_FROM_BYTES", 1000)
-        built = step.with_built_steps(weights, source.config, None, steps=False)
+        built = step.with_built_steps({**weights}, source.config, None, steps=False)
     assert [part.constants for part in tried] == ["dequantize Q8_0 torch.float32"]
     assert isinstance(built["output.weight"], words.Product)
     tokens = random_tokens(source.config, 2, 9)
@@ -161,17 +161,22 @@ def test_a_small_model_is_dequantized_where_nothing_is_built(tmp_path, monkeypat
     assert isinstance(words.expanded(weights)["output.weight"], Blocks)
 
 
-def test_blocks_go_when_their_words_are_made(tmp_path, tried):
+def test_blocks_go_when_their_words_are_made(tmp_path, tried, monkeypatch):
+    """One after the other: at any time there is one copy of a matrix, and one more."""
     source = quantized(tmp_path, "Q8_0")
-    weights = source.load_weights(dtype=torch.float32)
-    raw = weights["output.weight"].raw
-    blocks = weakref.ref(weights["output.weight"])
-    held = [weights]
-    del weights
-    built = step.with_built_steps(held.pop(), source.config, True)
-    assert blocks() is None
-    assert isinstance(built["tok_embeddings.weight"], Blocks)
-    assert raw.numel() == 200 * 256 // 32 * 34
+    weights, there = source.load_weights(dtype=torch.float32), []
+    blocks = [weakref.ref(w) for n, w in weights.items() if isinstance(w, Blocks)]
+    made = words.repacked
+
+    def counting(b):
+        there.append(sum(ref() is not None for ref in blocks))
+        return made(b)
+
+    monkeypatch.setattr(words, "repacked", counting)
+    step.with_built_steps(weights, source.config, True)
+    n = len(blocks) - 1  # but for the embeddings
+    assert there == [n + 1] * n + [*range(n + 1, 1, -1)]  # first a few rows of each are tried
+    assert sum(ref() is not None for ref in blocks) == 1
 
 
 def test_what_is_really_built_is_right(tmp_path, monkeypatch):

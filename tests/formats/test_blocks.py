@@ -95,7 +95,7 @@ def test_numbers_are_quantized_to_the_packages_bits(monkeypatch, name, dtype):
     expected = gguf.quants.quantize(x.float().numpy(), gguf.GGMLQuantizationType[name])
     for at_once in (1, 4096, 2**18):
         monkeypatch.setattr(blocks, "AT_ONCE", at_once)
-        assert torch.equal(blocks.quantized(x, name), torch.from_numpy(expected))
+        assert torch.equal(blocks.to_blocks(x, name), torch.from_numpy(expected))
 
 
 @pytest.mark.parametrize("parts", [1, 2])
@@ -126,6 +126,6 @@ def test_a_tied_output_is_quantized_and_the_embeddings_are_not(tmp_path):
     source = formats.quantized(formats.open(tmp_path), "Q8_0")
     loaded, table = source.load_weights(dtype=torch.float32), weights["tok_embeddings.weight"]
     assert torch.equal(loaded["tok_embeddings.weight"], table)
-    assert torch.equal(loaded["output.weight"].raw, blocks.quantized(table, "Q8_0"))
+    assert torch.equal(loaded["output.weight"].raw, blocks.to_blocks(table, "Q8_0"))
     needed = source.bytes_needed(torch.device("cpu"), torch.float32)
     assert needed == 34 / 32 * (sum(w.numel() for w in weights.values() if w.dim() == 2))
