@@ -29,7 +29,7 @@ import llama3  # noqa: E402
 import tokenizer_setup  # noqa: E402
 from formats.blocks import Blocks  # noqa: E402
 
-TYPES = {"Q8_0": 7, "Q6_K": 18, "Q5_K_M": 17, "Q5_0": 8, "Q4_K_M": 15, "Q4_1": 3, "Q4_0": 2}
+TYPES = {"Q8_0": 7, "Q6_K": 18, "Q5_K_M": 17, "Q5_0": 8, "Q4_K_M": 15, "Q4_0": 2}
 TOKENS, PIECE = 4096, 512  # of the text; the first half of a piece is context alone
 
 
