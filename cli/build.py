@@ -12,6 +12,7 @@ import math
 import os
 import platform
 import shutil
+import sys
 import tempfile
 import time
 import warnings
@@ -28,6 +29,11 @@ from cli.messages import bar, note
 from formats.errors import one_line
 
 Run = Callable[[list[Tensor]], list[Tensor]]
+# GCC's: a loop asks for all that it reads as early as some 3000 operations before it needs it.
+PREFETCH = (
+    " -fprefetch-loop-arrays --param=prefetch-latency=3000 --param=simultaneous-prefetches=100"
+    " --param=prefetch-min-insn-to-mem-ratio=1 --param=min-insn-to-prefetch-ratio=1"
+)
 BUILT_FROM_BYTES = 5e8  # of weights: below, building takes longer than it saves
 
 
@@ -134,10 +140,13 @@ def compiled(part: Part, name: str) -> bytes:
     exported = torch.export.export(torch.fx.GraphModule({}, graph), inputs, dynamic_shapes=sizes)
     table = torch.export.default_decompositions()
     table[torch.ops.aten.bmm.default] = sum_of_products  # else a call, which costs more
+    contract = "fast"  # fused multiply and add
+    if sys.platform == "linux" and "clang" not in compiler():
+        contract += PREFETCH  # there is no other way to give the compiler an option
     options = {
         "cpp.cxx": (None, compiler()),
         "aot_inductor.compile_wrapper_opt_level": "O0",  # it only calls the loops
-        "cpp.enable_floating_point_contract_flag": "fast",  # fused multiply and add
+        "cpp.enable_floating_point_contract_flag": contract,
         "realize_reads_threshold": 0,  # what several products read is computed once
         "cpp.max_horizontal_fusion_size": 4,  # four quarters of a matrix in one loop, not eight
     }
