@@ -17,7 +17,8 @@ HERE = Path(__file__).resolve().parent
 
 def main() -> None:
     records = json.loads((HERE / "results.json").read_text())
-    records = {(record["size"], record["processor"]): record for record in records}  # the last each
+    plain = (record for record in records if record.get("format") in (None, "BF16", "F16", "F32"))
+    records = {(record["size"], record["processor"]): record for record in plain}  # the last each
     figure, panels = plt.subplots(1, len(records), figsize=(5 * len(records), 4), squeeze=False)
     for axes, record in zip(panels[0], records.values(), strict=True):
         decode = {f: t for f, t in record["figures"].items() if f.startswith("decode")}

@@ -400,7 +400,7 @@ def main() -> None:
     device = torch.device(args.device)
     params, contexts = SIZES[args.size] if not args.model else ({}, (128, 1024))
     with tempfile.TemporaryDirectory() as name:
-        path = args.model or Path(name)
+        path = args.model.resolve() if args.model else Path(name)
         stored = "BF16" if args.format in QUANTIZED else args.format
         if not args.model:
             make_checkpoint(path, params, FORMATS[stored or "BF16"])

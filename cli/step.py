@@ -71,7 +71,6 @@ def one_layer(
     *tensors: Tensor,
     forms: dict[str, tuple[Form, int]],
     config: llama3.Config,
-    times: Callable[[Tensor, Any], Tensor],
 ) -> Tensor:
     """llama3.block of one token, with tensors of the weights of layer 0 as inputs.
 
@@ -83,8 +82,21 @@ def one_layer(
         held = tuple(itertools.islice(remaining, n))
         w = Words(*form, *held) if form else in_quarters(*held) if held[0].dim() == 2 else held[0]
         matrix = form or w.dim() == 3
-        weights[name] = functools.partial(times, w=w) if matrix else w
+        weights[name] = functools.partial(multiply, w=w) if matrix else w
     return llama3.block(x, weights, 0, config, rotations, mask, positions, (keys, values))
+
+
+def plain_layer(
+    x: Tensor,
+    rotations: Tensor,
+    mask: Tensor,
+    positions: Tensor,
+    *more: Tensor,
+    weights: llama3.Weights,
+    config: llama3.Config,
+) -> Tensor:
+    """The same with weights that are not taken apart, which a built layer is compared with."""
+    return llama3.block(x, weights, 0, config, rotations, mask, positions, more[:2])
 
 
 # --- in place of layers and matrices --------------------------------------------------------------
@@ -109,17 +121,15 @@ def layer_parts(weights: llama3.Weights, config: llama3.Config) -> dict[str, Par
         start = f"layers.{layer}."
         own = {n.replace(start, "layers.0."): w for n, w in weights.items() if n.startswith(start)}
         own = {n: own[n] for n in sorted(own)}
-        own = {n: w.words if isinstance(w, Product) else w for n, w in own.items()}
-        if all(isinstance(w, Words) or buildable(w) for w in own.values()):
-            apart = {name: taken_apart(w) for name, w in own.items()}
+        held = {n: w.words if isinstance(w, Product) else w for n, w in own.items()}
+        if all(isinstance(w, Words) or buildable(w) for w in held.values()):
+            apart = {name: taken_apart(w) for name, w in held.items()}
             forms = {name: (form, len(tensors)) for name, (form, tensors) in apart.items()}
-            functions = (
-                functools.partial(one_layer, forms=forms, config=constants, times=times)
-                for times in (multiply, multiply_plainly)
-            )
+            built = functools.partial(one_layer, forms=forms, config=constants)
+            plain = functools.partial(plain_layer, weights=own, config=constants)
             tensors = tuple(tensor for _, tensors in apart.values() for tensor in tensors)
             about, open_sizes = repr((constants, forms)), (*sizes, *[{}] * len(tensors))
-            parts[start[:-1]] = Part(*functions, inputs, tensors, open_sizes, about)
+            parts[start[:-1]] = Part(built, plain, inputs, tensors, open_sizes, about)
     return parts
 
 
