@@ -10,6 +10,7 @@ import sys
 import zipfile
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from conftest import DEMO, ROOT, apart
@@ -32,6 +33,7 @@ from cli.main import main as llama3_main
 from formats import convert
 from formats.blocks import Blocks
 from formats.errors import CheckpointError
+from formats.gguf import read_header
 
 
 @pytest.fixture(scope="module")
@@ -315,6 +317,42 @@ def test_models_of_other_sizes_become_gguf_files(tmp_path, kind):
         a = llama3.forward(TOKENS, again.load_weights(dtype=torch.float32), again.config)
         b = llama3.forward(TOKENS, source.load_weights(dtype=torch.float32), source.config)
         assert apart(a, b) < 0.1
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_a_scale_that_is_not_finite_is_named_when_it_is_computed_with(tmp_path, capfd, value):
+    path = tmp_path / "demo.gguf"
+    assert convert.main([str(DEMO), str(path), "--type", "Q8_0"]) == 0
+    _, places = read_header(path, gguf.GGML_QUANT_SIZES)
+    content, start = bytearray(path.read_bytes()), places["blk.2.ffn_down.weight"][2]
+    content[start : start + 2] = np.float16(value).tobytes()
+    path.write_bytes(content)
+    for options in ([], ["--no-compile"]):
+        arguments = ["--ckpt-dir", path, "--prompt", "17 plus 8 is ", "--device", "cpu", *options]
+        line = error_of(capfd, llama3_main, *arguments)
+        named = "not finite: layers.2.feed_forward.w2.weight contains NaN or infinity"
+        assert line.endswith(named)
+
+
+def test_a_gguf_file_that_is_changed_after_it_was_opened(tmp_path, demo_config):
+    """One that was put in its place, or removed, is not seen; one that was cut is refused."""
+    path = tmp_path / "demo.gguf"
+    assert convert.main([str(DEMO), str(path), "--type", "Q8_0"]) == 0
+    source, again = formats.open(path), formats.open(path)
+    expected = source.load_weights()["output.weight"].raw.clone()
+    os.unlink(path)
+    assert torch.equal(again.load_weights()["output.weight"].raw, expected)
+    assert convert.main([str(DEMO), str(path), "--type", "Q8_0"]) == 0
+    source = formats.open(path)
+    os.truncate(path, 5000)
+    with pytest.raises(CheckpointError, match="greater than file size"):
+        source.load_weights()
+
+
+def test_a_gguf_file_is_not_written_in_the_place_of_a_folder(tmp_path, capfd):
+    (tmp_path / "out.gguf").mkdir()
+    line = error_of(capfd, convert.main, DEMO, tmp_path / "out.gguf")
+    assert "already exists and is not overwritten; choose a new name" in line
 
 
 def test_a_type_is_for_gguf_files_which_need_llama_3s_tokenizer(tmp_path, folder, capfd):
