@@ -21,24 +21,17 @@ sys.path.insert(0, str(ROOT))
 
 import llama_cpp as lib  # noqa: E402
 import torch  # noqa: E402
-from run import write_gguf  # noqa: E402
+from run import quantize  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import formats  # noqa: E402
 import llama3  # noqa: E402
 import tokenizer_setup  # noqa: E402
 from formats.blocks import Blocks  # noqa: E402
+from formats.write_gguf import to_gguf  # noqa: E402
 
 TYPES = {"Q8_0": 7, "Q6_K": 18, "Q5_K_M": 17, "Q5_0": 8, "Q4_K_M": 15, "Q4_0": 2}
 TOKENS, PIECE = 4096, 512  # of the text; the first half of a piece is context alone
-
-
-def quantize(source: Path, target: Path, number: int) -> None:
-    """Let llama.cpp write a file with weights of another type."""
-    options = lib.llama_model_quantize_default_params()
-    options.ftype = number
-    if lib.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(options)):
-        raise SystemExit(f"llama.cpp cannot write {target.name}")
 
 
 def by_llama_cpp(path: Path, pieces: list[list[int]], n_vocab: int) -> Iterator[Tensor]:
@@ -102,7 +95,7 @@ def main() -> None:
     nearer = []
     with tempfile.TemporaryDirectory() as name, torch.inference_mode():
         first = Path(name, "bf16.gguf")
-        write_gguf(first, dense(source), source.config, "BF16")
+        to_gguf(source, first, "BF16", tokenizer=False)
         weights = dense(formats.open(first))
         truths = [llama3.forward(torch.tensor(p), weights, source.config) for p in pieces]
         for kind in ("BF16", *TYPES):

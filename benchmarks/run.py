@@ -35,7 +35,7 @@ import llama3  # noqa: E402
 from cli.step import with_built_steps  # noqa: E402
 from cli.words import expanded  # noqa: E402
 from formats.blocks import Blocks  # noqa: E402
-from formats.gguf import to_gguf_name  # noqa: E402
+from formats.write_gguf import to_gguf  # noqa: E402
 
 ROPE = {"norm_eps": 1e-05, "rope_theta": 500000.0}
 SIZES = {  # params.json, and the contexts at which decoding is measured
@@ -163,48 +163,16 @@ def in_transformers(config: llama3.Config, device: torch.device) -> Contestant:
     return prefill, decode
 
 
-def write_gguf(path: Path, weights: llama3.Weights, config: llama3.Config, kind: str) -> Path:
-    """The weights as llama.cpp reads them: the same numbers under other names."""
-    import gguf
-
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(config.n_layers)
-    writer.add_context_length(8192)
-    writer.add_embedding_length(config.dim)
-    writer.add_feed_forward_length(config.ffn_dim)
-    writer.add_head_count(config.n_heads)
-    writer.add_head_count_kv(config.n_kv_heads)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("none")
-    weights = {n: w.to(torch.float32) if isinstance(w, Blocks) else w for n, w in weights.items()}
-    tied = torch.equal(weights["output.weight"], weights["tok_embeddings.weight"])
-    for name, weight in weights.items():
-        if weight.dim() == 1:
-            writer.add_tensor(to_gguf_name(name), weight.float().numpy())
-        elif name != "output.weight" or not tied:
-            stored = weight.to(FORMATS[kind]).contiguous().view(torch.uint8).numpy()
-            raw = gguf.GGMLQuantizationType[kind]
-            writer.add_tensor(to_gguf_name(name), stored, raw_dtype=raw)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def quantize(file: Path, target: Path, kind: str) -> Path:
-    """A GGUF file with the weights of another one in a type of QUANTIZED, by llama.cpp."""
+def quantize(file: Path, target: Path, number: int) -> Path:
+    """A GGUF file with the weights of another one in another type, by llama.cpp's number of it."""
     import ctypes
 
     import llama_cpp as lib
 
     options = lib.llama_model_quantize_default_params()
-    options.ftype = QUANTIZED[kind]
+    options.ftype = number
     if lib.llama_model_quantize(str(file).encode(), str(target).encode(), ctypes.byref(options)):
-        raise SystemExit(f"llama.cpp cannot make {kind}")
+        raise SystemExit(f"llama.cpp cannot write {target.name}")
     return target
 
 
@@ -405,11 +373,10 @@ def main() -> None:
         if not args.model:
             make_checkpoint(path, params, FORMATS[stored or "BF16"])
         if args.format in QUANTIZED or (args.model and args.format):
-            source = formats.open(path)
-            weights = source.load_weights(device, torch.float32)
-            path = write_gguf(Path(name) / "model.gguf", weights, source.config, stored)
+            source, path = formats.open(path), Path(name) / "model.gguf"
+            to_gguf(source, path, stored, tokenizer=False)
         if args.format in QUANTIZED:
-            path = quantize(path, Path(name) / "quantized.gguf", args.format)
+            path = quantize(path, Path(name) / "quantized.gguf", QUANTIZED[args.format])
         source = formats.open(path)
         config, dtype = source.config, llama3.DTYPES.get(args.dtype) or source.default_dtype(device)
         computed = str(dtype).removeprefix("torch.")
@@ -429,7 +396,7 @@ def main() -> None:
         if "llama.cpp" in against:
             file = path if path.is_file() else Path(name) / "model.gguf"
             if file != path:
-                write_gguf(file, weights, config, args.format or "BF16")
+                to_gguf(source, file, args.format or "BF16", tokenizer=False)
             contestants["llama.cpp"] = in_llama_cpp(file, config, args.threads)
         if "transformers" in against:
             contestants["transformers bfloat16"] = in_transformers(config, device)

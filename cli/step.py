@@ -1,7 +1,6 @@
 """One token through the model: a layer as one function, built from llama3.block itself."""
 
 import functools
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -69,34 +68,30 @@ def one_layer(
     keys: Tensor,
     values: Tensor,
     *tensors: Tensor,
-    forms: dict[str, tuple[Form, int]],
+    forms: dict[str, Form],
     config: llama3.Config,
 ) -> Tensor:
     """llama3.block of one token, with tensors of the weights of layer 0 as inputs.
 
     keys, values [1, K, room, d]: a layer's cache; as much of it is attended to as the mask is long.
-    forms: by the weights' names, what is known of them, and how many tensors they are.
+    forms: by the weights' names, what is known of them.
     """
     weights, remaining = {}, iter(tensors)
-    for name, (form, n) in forms.items():
-        held = tuple(itertools.islice(remaining, n))
-        w = Words(*form, *held) if form else in_quarters(*held) if held[0].dim() == 2 else held[0]
-        matrix = form or w.dim() == 3
-        weights[name] = functools.partial(multiply, w=w) if matrix else w
+    for name, form in forms.items():
+        w = next(remaining)
+        if form or w.dim() == 2:
+            w = Words(*form, w, next(remaining)) if form else in_quarters(w)
+            w = functools.partial(multiply, w=w)
+        weights[name] = w
     return llama3.block(x, weights, 0, config, rotations, mask, positions, (keys, values))
 
 
 def plain_layer(
-    x: Tensor,
-    rotations: Tensor,
-    mask: Tensor,
-    positions: Tensor,
-    *more: Tensor,
-    weights: llama3.Weights,
-    config: llama3.Config,
+    x: Tensor, *inputs: Tensor, weights: llama3.Weights, config: llama3.Config
 ) -> Tensor:
     """The same with weights that are not taken apart, which a built layer is compared with."""
-    return llama3.block(x, weights, 0, config, rotations, mask, positions, more[:2])
+    rotations, mask, positions, *cache = inputs[:5]
+    return llama3.block(x, weights, 0, config, rotations, mask, positions, cache)
 
 
 # --- in place of layers and matrices --------------------------------------------------------------
@@ -119,12 +114,12 @@ def layer_parts(weights: llama3.Weights, config: llama3.Config) -> dict[str, Par
     parts, constants = {}, config._replace(n_layers=1, vocab_size=1, max_seq_len=1)
     for layer in range(config.n_layers):
         start = f"layers.{layer}."
-        own = {n.replace(start, "layers.0."): w for n, w in weights.items() if n.startswith(start)}
-        own = {n: own[n] for n in sorted(own)}
+        names = sorted(name for name in weights if name.startswith(start))
+        own = {name.replace(start, "layers.0."): weights[name] for name in names}
         held = {n: w.words if isinstance(w, Product) else w for n, w in own.items()}
         if all(isinstance(w, Words) or buildable(w) for w in held.values()):
             apart = {name: taken_apart(w) for name, w in held.items()}
-            forms = {name: (form, len(tensors)) for name, (form, tensors) in apart.items()}
+            forms = {name: form for name, (form, _) in apart.items()}
             built = functools.partial(one_layer, forms=forms, config=constants)
             plain = functools.partial(plain_layer, weights=own, config=constants)
             tensors = tuple(tensor for _, tensors in apart.values() for tensor in tensors)

@@ -12,7 +12,7 @@ import llama3
 import tokenizer_setup
 from formats.blocks import SIZES, to_blocks
 from formats.errors import CheckpointError
-from formats.gguf import GGUF_KEYS, to_gguf_name
+from formats.gguf import DTYPES, GGUF_KEYS, to_gguf_name
 from formats.huggingface import divisors_of
 from formats.source import Source
 from formats.text import CHAT_TEMPLATE, Vocabulary, merges_of
@@ -68,7 +68,7 @@ def to_gguf(
 ) -> None:
     """Write a model as a new file, with matrices of a type where its blocks divide their rows.
 
-    Raises CheckpointError.
+    kind: F32, F16, or one of TYPES. Raises CheckpointError.
     """
     import gguf
 
@@ -88,7 +88,7 @@ def to_gguf(
         w = source.stored[name].weight(llama3.split_axis(name), torch.float32)
         if tensors[name] in SIZES:
             return to_blocks(w, tensors[name])
-        return w.to(torch.float32 if tensors[name] == "F32" else torch.bfloat16).contiguous()
+        return w.to(DTYPES[gguf.GGMLQuantizationType[tensors[name]]]).contiguous()
 
     writer = gguf.GGUFWriter(path, "llama")
     for key, value in fields.items():

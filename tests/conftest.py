@@ -11,6 +11,7 @@ import torch
 from hypothesis import settings
 
 import llama3
+from cli import build
 from cli.messages import peak_rss_bytes
 from tokenizer_setup import load_tokenizer
 
@@ -154,6 +155,19 @@ def a_cache_of_their_own(tmp_path_factory):
 def no_checkpoint_from_the_environment(monkeypatch):
     """Without --ckpt-dir the tests mean the demo, whatever model their user has at hand."""
     monkeypatch.delenv("LLAMA3_CKPT_DIR", raising=False)
+
+
+@pytest.fixture
+def tried(monkeypatch):
+    """The parts that are built, in the place of which their functions run as they are."""
+    parts = []
+
+    def build_nothing(part):
+        parts.append(part)
+        return build.check(part, lambda inputs: [part.function(*inputs)])
+
+    monkeypatch.setattr(build, "build", build_nothing)
+    return parts
 
 
 @pytest.fixture(scope="session")

@@ -22,19 +22,6 @@ FAILED = "llama3.py: the step of one token is not built, continuing without: "
 PROMPTS = ([1024, 355, 261], [1024, 40, 32, 56, 258, 32], [5, 4, 3, 2, 1])
 
 
-@pytest.fixture
-def tried(monkeypatch):
-    """The parts that are built, in the place of which their functions run as they are."""
-    parts = []
-
-    def build_nothing(part):
-        parts.append(part)
-        return build.check(part, lambda inputs: [part.function(*inputs)])
-
-    monkeypatch.setattr(build, "build", build_nothing)
-    return parts
-
-
 @pytest.fixture(scope="module")
 def weights32(demo_config):
     return llama3.load_weights(DEMO, demo_config, dtype=torch.float32)

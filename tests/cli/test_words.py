@@ -11,7 +11,6 @@ from other_formats import write_gguf
 import formats
 import llama3
 from cli import build, step, words
-from cli.build import check
 from formats.blocks import BYTES, DEQUANTIZE, SIZES, Blocks
 
 KINDS = [*DEQUANTIZE]
@@ -21,20 +20,6 @@ KINDS = [*DEQUANTIZE]
 def scales(request, monkeypatch):
     """Both types that scales may have, which one is a matter of the processor."""
     monkeypatch.setattr(words, "SCALES", request.param)
-
-
-@pytest.fixture
-def tried(monkeypatch):
-    """The parts that are built, in the place of which their functions run as they are."""
-    parts = []
-
-    def build_nothing(part):
-        parts.append(part)
-        return check(part, lambda inputs: [part.function(*inputs)])
-
-    monkeypatch.setattr(build, "build", build_nothing)
-    monkeypatch.setattr(build, "kept", lambda part: None)
-    return parts
 
 
 # --- what words stand for -------------------------------------------------------------------------
