@@ -65,6 +65,7 @@ class Config(NamedTuple):
     max_seq_len: int  # the context length that it was trained for, in tokens
     rope_scaling_factor: float | None = None  # 8 for Llama 3.1 and 3.3, 32 for 3.2
     rope_divisors: tuple[float, ...] | None = None  # of RoPE's frequencies, for other families
+    rope_attention_factor: float = 1.0  # by which RoPE lengthens queries and keys, in YaRN
 
 
 # By dim, for Llama 3.2 1B and 3B, whose params.json leaves the factor out: Meta's code takes 8, but
@@ -77,7 +78,7 @@ PARAMS = ("multiple_of", "ffn_dim_multiplier", "use_scaled_rope", "max_batch_siz
 def config_from_params(params: Mapping[str, Any]) -> Config:
     """The Config that a params.json stands for. ValueError names a key that is wrong or unknown."""
     given = {key: value for key, value in params.items() if value is not None}
-    for key in sorted(given.keys() - {*Config._fields[:-1], *PARAMS}):
+    for key in sorted(given.keys() - {*Config._fields[:-2], *PARAMS}):
         if given[key] not in (False, 0, -1, "", [], {}):
             found = f"{json.dumps(key)[:40]} is {json.dumps(given[key])[:40]}, which is unknown"
             raise ValueError(f"{found} and may change the results; remove it if it does not")
@@ -93,17 +94,15 @@ def config_from_params(params: Mapping[str, Any]) -> Config:
     if n_heads % n_kv_heads:
         raise ValueError(f'"n_kv_heads": found {n_kv_heads}, expected a divisor of {n_heads}')
     if not isinstance(scaled, bool) or ("rope_scaling_factor" in given and not scaled):
-        raise ValueError(
-            f'"use_scaled_rope": found {scaled!r}, expected a boolean, true with factor'
-        )
+        expected = "expected a boolean, true with factor"
+        raise ValueError(f'"use_scaled_rope": found {scaled!r}, {expected}')
     # SwiGLU's width, roughly 8/3 dim (llama3/model.py in llama-models).
     width = int(number("ffn_dim_multiplier", 1, 0.01, 100, Real) * int(2 * 4 * dim / 3))
     width = math.ceil(width / number("multiple_of", 256)) * number("multiple_of", 256)
     factor = number("rope_scaling_factor", ROPE_SCALING_FACTORS.get(dim, 8), 1, 1e6, Real)
-    sizes = {"dim": dim, "n_heads": n_heads, "n_kv_heads": n_kv_heads, "head_dim": head_dim}
-    sizes |= {"n_layers": number("n_layers", high=4096), "ffn_dim": number("ffn_dim", width)}
+    n_layers, ffn_dim = number("n_layers", high=4096), number("ffn_dim", width)
     return Config(
-        **sizes,
+        *(dim, n_layers, n_heads, n_kv_heads, head_dim, ffn_dim),
         vocab_size=number("vocab_size"),
         max_seq_len=number("max_seq_len", 131072 if scaled else 8192),
         norm_eps=number("norm_eps", None, 1e-12, 1, Real),
@@ -120,7 +119,7 @@ Weights = Mapping[str, Tensor | Callable[[Tensor], Tensor]]
 
 
 def weight_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """The name and shape of every weight. A matrix is [outputs, inputs]; biases are optional."""
+    """The name and shape, [outputs, inputs], of all weights but biases and norms of heads."""
     dim, ffn_dim, vocab_size = config.dim, config.ffn_dim, config.vocab_size
     q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     shapes = {"tok_embeddings.weight": (vocab_size, dim)}
@@ -192,9 +191,9 @@ def rope_frequencies(config: Config, device: str | torch.device = "cpu") -> Tens
 
 
 def rope_rotations(positions: Tensor, config: Config) -> Tensor:
-    """RoPE's rotations as complex numbers of length 1: positions [T] -> complex64 [T, d / 2]."""
+    """RoPE's rotations as complex numbers, of length 1: positions [T] -> complex64 [T, d / 2]."""
     angles = positions.float()[:, None] * rope_frequencies(config, positions.device)
-    return torch.polar(torch.ones_like(angles), angles)
+    return torch.polar(torch.full_like(angles, config.rope_attention_factor), angles)
 
 
 def rotate(x: Tensor, rotations: Tensor) -> Tensor:
@@ -216,7 +215,9 @@ def queries_keys_values(
 
     def heads(name: str) -> Tensor:
         y = linear(x, weights, f"layers.{layer}.attention.{name}")  # [..., T, heads * d]
-        return y.unflatten(-1, (-1, config.head_dim)).transpose(-3, -2)  # [..., heads, T, d]
+        y = y.unflatten(-1, (-1, config.head_dim)).transpose(-3, -2)  # [..., heads, T, d]
+        norm = weights.get(f"layers.{layer}.attention.{name[1]}_norm.weight")  # q and k of Qwen3
+        return y if norm is None else rms_norm(y, norm, config.norm_eps)
 
     return rotate(heads("wq"), rotations), rotate(heads("wk"), rotations), heads("wv")
 
@@ -251,6 +252,7 @@ def repeat_heads(x: Tensor, times: int) -> Tensor:
 
 
 SCORES_AT_ONCE = 2**21  # attention scores computed at a time
+PREFILL_TOKENS = 1024  # of a prompt at a time: enough to keep the processor busy
 
 
 def grouped_query_attention(
@@ -333,8 +335,7 @@ def forward(
     positions: where the tokens stand in their sequence, int64 [T]; by default 0 to T - 1.
     cache: see `new_cache`. Keys and values are written into it at the positions, and a token
         attends to those up to its own. Pass cache[..., :L, :] to leave positions from L on out.
-    starts: for a batch padded on the left, the position where each row begins, int64 [B]. RoPE
-        needs no correction: only relative positions matter.
+    starts: for a batch padded on the left, where each row begins, int64 [B]; RoPE needs no change.
     last_only: compute the logits of the last token only, [..., 1, vocab_size].
     """
     if positions is None:
@@ -413,9 +414,6 @@ def sample(
     probabilities = torch.softmax(logits / max(temperature, 1e-30), dim=-1)
     probabilities = nucleus(probabilities, top_p) if top_p < 1 else probabilities
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
-
-
-PREFILL_TOKENS = 1024  # of a prompt at a time: enough to keep the processor busy
 
 
 def generate_batch(
@@ -570,6 +568,8 @@ def shards_of(files: Sequence[dict[str, Tensor]], config: Config) -> dict[str, l
         file.setdefault("output.weight", file.get("tok_embeddings.weight"))
     matrices = [n[:-6] for n, shape in shapes.items() if len(shape) == 2 and "embed" not in n]
     shapes |= {f"{n}bias": shapes[f"{n}weight"][:1] for n in matrices if f"{n}bias" in files[0]}
+    norms = [f"{n[:-3]}{n[-2]}_norm.weight" for n in matrices if n.endswith(("wq.", "wk."))]
+    shapes |= dict.fromkeys(norms if norms[0] in files[0] else (), (config.head_dim,))
     for name in sorted({*shapes}.union(*files), key=str):
         if name not in shapes or not all(isinstance(file.get(name), Tensor) for file in files):
             raise ValueError(f"{name} is {'missing' if name in shapes else 'unknown'}")

@@ -54,7 +54,10 @@ class Chat:
         first = 1 if messages[0]["role"] == "system" else 0
         dropped = 0
         while True:
-            tokens = tokenizer_setup.encode_dialog(self.model.tokenizer, messages)
+            try:
+                tokens = tokenizer_setup.encode_dialog(self.model.tokenizer, messages)
+            except ValueError as error:
+                raise UsageError(error) from None
             users = [i for i, m in enumerate(messages) if m["role"] == "user" and i > first]
             # Once some must go, enough go to leave room for a while: what stays is processed again.
             if len(tokens) <= (most if not (dropped and users) else room // 2):
@@ -75,7 +78,7 @@ class Chat:
             turns = "the oldest turn was" if dropped == 1 else f"the {dropped} oldest turns were"
             note(f"the context is full: {turns} dropped")
         stop, message, pieces = tokenizer_setup.stop_tokens(tokenizer), {"role": "assistant"}, []
-        special, ended = tokenizer.format.special_tokens, []
+        special, ended = tokenizer.special_tokens, []
         # The end of an answer is looked for here: what it is, is saved with the message.
         steps = self.model.steps([prompt], self.weights, session=self.session, stop_tokens=())
 
@@ -143,7 +146,8 @@ class Chat:
         text = ranks.agreed(lambda: from_file("/load", file, MAX_PROMPT_BYTES, pipes=False))
         try:
             messages = tokenizer_setup.check_messages(json.loads(text))
-            tokenizer_setup.encode_dialog(self.model.tokenizer, messages)
+            if messages:
+                tokenizer_setup.encode_dialog(self.model.tokenizer, messages)
         except (ValueError, KeyError, RecursionError) as error:
             raise UsageError(f"{path}: found no conversation: {one_line(error)}") from None
         self.messages = [dict(message) for message in messages]
@@ -230,11 +234,12 @@ def talk(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     prompts = read_prompts(args) if args.prompt or args.prompt_file else []
     model = open_model(args)
-    if model.tokenizer.format.dialog is None:
-        raise UsageError("argument --chat: no dialog format is known for this model's tokenizer")
     first = [{"role": "system", "content": args.system}] * (args.system is not None)
-    first += [{"role": "user", "content": prompt} for prompt in prompts]
-    n_prompt = len(tokenizer_setup.encode_dialog(model.tokenizer, first))
+    first.append({"role": "user", "content": prompts[0] if prompts else ""})
+    try:
+        n_prompt = len(tokenizer_setup.encode_dialog(model.tokenizer, first))
+    except ValueError as error:
+        raise UsageError(f"argument --chat: {one_line(error)}") from None
     room = model.config.max_seq_len
     chat = Chat(model, model.load(min(n_prompt, room), min(args.max_new_tokens, 1024, room)))
     load_s, status = time.perf_counter() - start, 0

@@ -65,9 +65,11 @@ def complete(args: argparse.Namespace) -> int:
     encoded = []
     for prompt in prompts:
         spelled = tokenizer_setup.special_tokens_in(tokenizer, prompt)
-        if spelled:
-            note(f'the prompt contains "{spelled[0]}", which is treated as plain text')
-        encoded.append(tokenizer_setup.encode(tokenizer, prompt))
+        if spelled and not args.special:
+            found = f'the prompt contains "{spelled[0]}", which is treated as plain text'
+            note(f"{found}; --special reads it as a special token")
+        bos = not (args.special and tokenizer.begin and prompt.startswith(tokenizer.begin))
+        encoded.append(tokenizer_setup.encode(tokenizer, prompt, bos, args.special))
         if not encoded[-1]:
             raise UsageError("the prompt is empty, and this model has no token that begins a text")
     n_prompt = max(map(len, encoded))
@@ -91,7 +93,8 @@ def complete(args: argparse.Namespace) -> int:
     elif len(encoded) > 1:
         texts = numbered(tokenizer, steps, len(encoded))
     else:
-        texts = tokenizer_setup.decode_stream(tokenizer, (tokens.item() for tokens, _ in steps))
+        new = (tokens.item() for tokens, _ in steps)
+        texts = tokenizer_setup.decode_stream(tokenizer, new, continues=True)
     status, whole = 0, False
     try:
         with contextlib.closing(all_steps):

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,21 +16,49 @@ from cli.messages import UsageError
 from llama3 import Config
 
 
+def number_in(path: str | Path, pattern: str) -> int:
+    """The number that a pattern finds in a file. Raises OSError and TypeError."""
+    return int(re.search(pattern, Path(path).read_text(), re.MULTILINE)[1])
+
+
+GROUPS = (  # of /proc/self/cgroup, in version 2 and 1: where they are, a limit, what is used of it
+    (r"^0::/(.*)", "", "memory.max", "memory.current", "inactive_file"),
+    (
+        r"^\d+:(?:\S+,)?memory(?:,\S+)?:/(.*)",
+        "memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_inactive_file",
+    ),
+)
+
+
+def group_limits() -> Iterator[int]:
+    """What is left to this process's control groups and those around them (Linux), in bytes.
+
+    Their files in memory can be dropped.
+    """
+    groups = ""
+    with suppress(OSError):
+        groups = Path("/proc/self/cgroup").read_text()
+    for pattern, folder, limit, used, files in GROUPS:
+        match = re.search(pattern, groups, re.MULTILINE)
+        top = Path("/sys/fs/cgroup", folder)
+        own = top / (match[1] if match else "")
+        for place in (own, *own.parents[: len(own.parts) - len(top.parts)]):
+            with suppress(OSError, TypeError):
+                in_use = number_in(place / used, r"(\d+)")
+                in_files = number_in(place / "memory.stat", rf"^{files} (\d+)")
+                yield number_in(place / limit, r"^(\d+)") - in_use + in_files
+
+
 def free_bytes(device: Device) -> float:
     """The memory that is free on a device, as far as it can be told: infinity where it cannot."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    limits = []
-
-    def read(path: str, pattern: str) -> int:
-        return int(re.search(pattern, Path(path).read_text(), re.MULTILINE)[1])
-
+    limits = [*group_limits()]
     with suppress(OSError, TypeError):  # Linux: what can be had without swapping
-        limits.append(1024 * read("/proc/meminfo", r"^MemAvailable:\s+(\d+) kB"))
-    with suppress(OSError, TypeError):  # a container's limit; its files can be dropped
-        group = "/sys/fs/cgroup/memory"
-        used = read(f"{group}.current", r"(\d+)") - read(f"{group}.stat", r"^inactive_file (\d+)")
-        limits.append(read(f"{group}.max", r"^(\d+)") - used)
+        limits.append(1024 * number_in("/proc/meminfo", r"^MemAvailable:\s+(\d+) kB"))
     return max(min(limits, default=math.inf), 0)
 
 

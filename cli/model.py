@@ -14,7 +14,7 @@ import llama3
 from cli import ranks
 from cli.memory import check_memory
 from cli.messages import UsageError, bar, note
-from cli.sampling import Sampler
+from cli.sampling import Sampler, suggestion
 from cli.step import with_built_steps
 from cli.words import expanded
 from formats.errors import one_line
@@ -135,6 +135,9 @@ def open_model(args: argparse.Namespace) -> Model:
                 raise UsageError(f"argument --quantize: {one_line(error)}") from None
         note(f"found in {ckpt_dir}: {source.found}")
         tokenizer, config = source.tokenizer(args.tokenizer), source.config
+        suggested = suggestion(args, source.sampling) if args.score is None else ""
+        if suggested:
+            note(f"its generation_config.json suggests {suggested}, which is not done by itself")
     ranks.check_number(config)
     if args.max_seq_len and args.max_seq_len > config.max_seq_len:
         note(f"the model was trained for {config.max_seq_len} tokens; quality drops beyond")

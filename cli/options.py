@@ -55,6 +55,7 @@ HELP = {
     "--prompt-file": "file with the text to continue (- for stdin); may be given several times",
     "--score": "score a text file (- for stdin) instead of continuing it: its perplexity, as JSON",
     "--by-line": "with --score: every line is a text",
+    "--special": "names of special tokens in the prompt are those tokens, not their characters",
     "--chat": "use the Instruct dialog format; without a prompt, start a conversation",
     "--system": "with --chat: system message",
     "--ckpt-dir": "folder with Meta's files, a Hugging Face folder, or a GGUF file",
@@ -105,6 +106,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(what, "--prompt-file", "FILE", action="append")
     add(what, "--score", "FILE")
     add(text, "--by-line", **flag)
+    add(text, "--special", **flag)
     add(text, "--chat", **flag)
     add(text, "--system", "TEXT", type=text_value)
     add(model, "--ckpt-dir", "DIR", type=Path)
@@ -142,6 +144,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     given = {name: value is not None and value is not False for name, value in values.items()}
     given["several prompts"] = len(texts) > 1
     for option, *others in (
+        ("--special", "--chat", "--score"),
         ("--chat", "--score", "several prompts", "--logprobs"),
         ("--score", "--logprobs"),
         ("--plot", "--chat", "--score", "several prompts"),

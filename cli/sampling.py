@@ -2,7 +2,7 @@
 
 import os
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Generator, Tensor
@@ -10,6 +10,19 @@ from torch import device as Device
 
 import llama3
 from cli import ranks
+
+
+def suggestion(args: Namespace, suggested: Mapping[str, object]) -> str:
+    """What a model's files suggest for sampling, as options, if the command says nothing; or ""."""
+    usual = {"temperature": 0, "top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1}
+    if any(getattr(args, name) != value for name, value in usual.items()):
+        return ""
+    found = {name: suggested.get(name) for name in usual if suggested.get("do_sample", True)}
+    return " ".join(
+        f"--{name.replace('_', '-')} {value:g}"
+        for name, value in found.items()
+        if type(value) in (int, float) and value != usual[name]
+    )
 
 
 def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:

@@ -86,7 +86,7 @@ def score(args: argparse.Namespace) -> int:
                 progress.update(len(scored) - (progress.n - before))  # without the overlap
                 nll -= scored.double().sum().item()
             size = len(document.encode(errors="replace"))
-            if not tokenizer.format.begin:  # then the first token is not scored
+            if not tokenizer.begin:  # then the first token is not scored
                 size = sum(len(tokenizer.decode_single_token_bytes(t)) for t in tokens[1:])
             line = {"tokens": n, "nll": round(nll, 4)}
             line["perplexity"] = float(f"{math.exp(min(nll / n, 700)):.6g}") if n else None

@@ -6,6 +6,7 @@ logits = llama3.forward(tokens, weights, source.config)
 """
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import llama3
 from formats import blocks
 from formats.blocks import SIZES
 from formats.errors import CheckpointError, describe_file, one_line, out_of_memory, read_file
-from formats.gguf import open_gguf
+from formats.gguf import PART, open_gguf
 from formats.huggingface import open_huggingface
 from formats.meta import open_meta
 from formats.source import Source, Stored, join
@@ -30,16 +31,24 @@ def _open(path: Path) -> Source:
             return open_gguf(path)
         found = describe_file(head) or "a file of another kind"
         raise CheckpointError(path, f"found {found}, expected a GGUF file or a model's folder")
-    if os.path.isdir(path) and not (path / "params.json").exists():
+    if os.path.isdir(path) and not [*path.glob("consolidated.*")]:
         files = sorted(file for file in path.glob("*.gguf") if file.is_file())
         weights = [*path.glob("*.safetensors*"), *path.glob("pytorch_model*")]
         if files and not weights:
-            if len(files) > 1:
+            if len({PART.sub(r"\1", file.name) for file in files}) > 1:
                 names = one_line(", ".join(file.name for file in files), 100)
                 raise CheckpointError(path, f"found several GGUF files ({names}); name one of them")
             return open_gguf(files[0])
-        if (path / "config.json").is_file():
+        if (path / "config.json").is_file() and (weights or not (path / "params.json").exists()):
             return open_huggingface(path)
+        if (path / "snapshots").is_dir():
+            found = sorted((path / "snapshots").iterdir())
+            names = ", ".join(str(folder) for folder in found[:3]) or "one that is downloaded"
+            problem = "found the folder of the Hugging Face hub's cache around a model"
+            raise CheckpointError(path, f"{problem}; name a folder in its snapshots: {names}")
+    if not os.path.exists(path) and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        problem = "no such folder; a model on the Hugging Face hub is downloaded first"
+        raise CheckpointError(path, f"{problem}: hf download {path} --local-dir {path.name}")
     return open_meta(path)
 
 

@@ -24,12 +24,11 @@ from tqdm import tqdm
 
 import formats
 import llama3
-import tokenizer_setup
 from formats.errors import CheckpointError, one_line, out_of_memory, say
 from formats.huggingface import BIASES_QKV, HF_KEYS, to_hf_name
 from formats.source import Source, pairs_half_a_head_apart
-from formats.text import CHAT_TEMPLATE, merges_of
-from formats.write_gguf import TYPES, llama3_vocabulary, to_gguf
+from formats.write_gguf import TYPES, to_gguf
+from formats.write_text import as_files, llama3_ranks, tokenizer_files
 
 Progress = Callable[[Iterable[str]], Iterable[str]]
 # Meta's own multiple_of and ffn_dim_multiplier, so that a params.json is as Meta's: no ffn_dim.
@@ -39,7 +38,8 @@ SHARD_BYTES = 2**31  # of one safetensors file, as it is in memory while it is w
 
 def params_of(config: llama3.Config) -> dict[str, object]:
     """The params.json of a config: what follows from the rest is left out."""
-    params = config._asdict() | {"use_scaled_rope": config.rope_scaling_factor is not None or None}
+    params = dict(zip(config._fields[:-1], config, strict=False))
+    params |= {"use_scaled_rope": config.rope_scaling_factor is not None or None}
     for multiple_of, multiplier in FFN_FORMULAS:
         meta = {"multiple_of": multiple_of, "ffn_dim_multiplier": multiplier, "ffn_dim": None}
         if llama3.config_from_params(params | meta) == config:
@@ -82,20 +82,20 @@ def to_meta(
 ) -> None:
     """Write a model as Meta's files; what is not mapped is in memory all at once.
 
-    Other families than Llama 3 have a tokenizer_setup.json too. Raises CheckpointError.
+    A tokenizer that is not Llama 3's is written as Hugging Face has it. Raises CheckpointError.
     """
-    if source.config.rope_divisors:
+    if source.config.rope_divisors or source.config.rope_attention_factor != 1:
         raise CheckpointError(source.path, "params.json cannot say how its RoPE is scaled")
     files = {"params.json": json.dumps(params_of(source.config)) + "\n"}
     if tokenizer:
-        source.tokenizer()  # or it is refused now
-        ranks, text_format = source.vocabulary()
-        ordered = sorted(ranks, key=ranks.get)
-        lines = (f"{base64.b64encode(token).decode()} {ranks[token]}\n" for token in ordered)
-        files["tokenizer.model"] = "".join(lines)
-        if text_format != tokenizer_setup.llama3_format(len(ranks)):
-            setup = json.dumps(text_format._asdict(), indent=1)
-            files["tokenizer_setup.json"] = setup + "\n"
+        found = source.tokenizer()
+        ranks = llama3_ranks(found)
+        if ranks:
+            ordered = sorted(ranks, key=ranks.get)
+            lines = (f"{base64.b64encode(token).decode()} {ranks[token]}\n" for token in ordered)
+            files["tokenizer.model"] = "".join(lines)
+        else:
+            files |= {name: json.dumps(held) for name, held in tokenizer_files(found).items()}
     weights = {}
     for name in progress(source.stored):
         w = source.stored[name].tensor(llama3.split_axis(name)).contiguous()
@@ -111,11 +111,13 @@ def to_meta(
 
 def hf_config(source: Source) -> dict[str, object]:
     """The config.json of a LlamaForCausalLM. Raises CheckpointError for what it cannot say."""
-    config, biases = source.config, [name for name in source.stored if name.endswith(".bias")]
-    kinds = {re.sub(r"^layers\.\d+\.|\.bias$", "", name) for name in biases}
+    config, more = source.config, r"\.bias$|\.[qk]_norm\.weight$"
+    more = [name for name in source.stored if re.search(more, name)]
+    kinds = {re.sub(r"^layers\.\d+\.|\.bias$", "", name) for name in more}
     known = kinds in (set(), BIASES_QKV | {"attention.wo"})
-    if config.rope_divisors or not known or len(biases) != len(kinds) * config.n_layers:
-        found = "rope_divisors" if config.rope_divisors else ", ".join(sorted(kinds))
+    scaled = config.rope_divisors or config.rope_attention_factor != 1
+    if scaled or not known or len(more) != len(kinds) * config.n_layers:
+        found = "RoPE that is scaled otherwise" if scaled else ", ".join(sorted(kinds))
         problem = f"found {found}, which Hugging Face's Llama does not have"
         raise CheckpointError(source.path, f"{problem}; expected a Llama model")
     scaling = {"rope_type": "llama3", "factor": config.rope_scaling_factor, "low_freq_factor": 1.0}
@@ -133,44 +135,15 @@ def hf_config(source: Source) -> dict[str, object]:
     }
 
 
-def write_tokenizer(path: Path, ranks: dict[bytes, int], special: dict[str, int]) -> None:
-    """Write Llama 3's tokenizer.json: tiktoken's merges are all cuts of a token in two."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-
-    vocab, merges = merges_of(ranks)
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
-    tokenizer.add_special_tokens(sorted(special, key=special.get))  # their ids follow
-    split = pre_tokenizers.Split(Regex(tokenizer_setup.SPLIT_PATTERN), "isolated")
-    in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, in_bytes])
-    tokenizer.decoder = decoders.ByteLevel()
-    begin, first = "<|begin_of_text|>", special["<|begin_of_text|>"]
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{begin} $A", pair=f"{begin} $A {begin} $B", special_tokens=[(begin, first)]
-    )
-    tokenizer.save(str(path))
-
-
 def to_hf(source: Source, out_dir: Path, progress: Progress = iter, tokenizer: bool = True) -> None:
     """Write a Llama model, with its tokenizer or without. Raises CheckpointError."""
-    import tokenizers  # noqa: F401 (before anything is written)
     from safetensors.torch import save_file
 
     files = {"config.json": hf_config(source)}
     if tokenizer:
-        ranks, text_format = llama3_vocabulary(source)
-        special = text_format.special_tokens
-        ends = sorted(special[name] for name in text_format.stop)
-        ids = {"bos_token_id": special["<|begin_of_text|>"], "eos_token_id": ends}
-        files = {"config.json": files["config.json"] | ids, "generation_config.json": ids}
-        files["tokenizer_config.json"] = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": "<|begin_of_text|>",
-            "eos_token": "<|end_of_text|>",
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": source.config.max_seq_len,
-            "chat_template": CHAT_TEMPLATE,
-        }
+        files |= tokenizer_files(as_files(source.tokenizer()))
+        files["tokenizer_config.json"]["model_max_length"] = source.config.max_seq_len
+        files["config.json"] |= files["generation_config.json"]
     sizes = {n: math.prod(s.shape) * s.dtype.itemsize for n, s in source.stored.items()}
     with new(out_dir) as folder:
         tensors, places, file, held = {}, {}, "model-00001.safetensors", 0
@@ -190,9 +163,8 @@ def to_hf(source: Source, out_dir: Path, progress: Progress = iter, tokenizer: b
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
             files["model.safetensors.index.json"] = index
         for name, content in files.items():
-            (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-        if tokenizer:
-            write_tokenizer(folder / "tokenizer.json", ranks, special)
+            indent = None if name == "tokenizer.json" else 2
+            (folder / name).write_text(json.dumps(content, indent=indent) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

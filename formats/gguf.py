@@ -6,6 +6,7 @@ The header is not left to the gguf package, which takes twenty times as long for
 import functools
 import math
 import mmap
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,36 @@ import torch
 from torch import Tensor
 
 from formats.blocks import AT_ONCE, DEQUANTIZE
-from formats.errors import CheckpointError, describe_file, one_line, read_file, refuse
-from formats.huggingface import scaling_params
-from formats.source import KEYS, NAMES, Source, Stored, config_of, in_metas_order, renamed, summary
-from formats.text import gguf_vocabulary
+from formats.errors import CheckpointError, describe_file, one_line, quoted, read_file, refuse
+from formats.rope import rope_params, scaling_params, yarn_attention_factor
+from formats.source import (
+    KEYS,
+    NAMES,
+    Source,
+    Stored,
+    config_of,
+    in_metas_order,
+    renamed,
+    summary,
+)
+from formats.vocabulary import gguf_tokenizer
 
 GGUF_NAMES = {metas: there for metas, (_, there) in NAMES.items()}
 METAS_NAMES = {there: metas for metas, there in GGUF_NAMES.items()}
 to_metas_name = functools.partial(renamed, names=METAS_NAMES, layers="layers")
 to_gguf_name = functools.partial(renamed, names=GGUF_NAMES, layers="blk")
 GGUF_KEYS = {metas: there for metas, (_, there) in KEYS.items()} | {"rope_theta": "rope.freq_base"}
+FAMILIES = ("llama", "qwen2", "qwen3")
+ROPE_KEYS = {  # of a scaling, under transformers' names
+    "rope_type": "scaling.type",
+    "factor": "scaling.factor",
+    "original_max_position_embeddings": "scaling.original_context_length",
+    "attention_factor": "scaling.attn_factor",
+    "beta_fast": "scaling.yarn_beta_fast",
+    "beta_slow": "scaling.yarn_beta_slow",
+}
+ROPE_UNUSED = ("scaling.finetuned",)
+PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")  # of a model in several files
 DTYPES = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}  # those that are mapped
 
 
@@ -151,24 +172,28 @@ def gguf_tensors(path: Path, places: Places) -> dict[str, Stored]:
 def gguf_params(path: Path, fields: Fields, tensors: dict[str, Stored]) -> dict[str, object]:
     """Return a GGUF file's constants as params.json has them. CheckpointError names the key."""
     family = fields.get("general.architecture")
-    if family not in ("llama", "qwen2"):
-        refuse(path, "general.architecture", family, "llama or qwen2")
-    if fields.get("split.count", 1) not in (0, 1):
-        refuse(path, "split.count", fields["split.count"], "a model in a single file")
+    if family not in FAMILIES:
+        refuse(path, "general.architecture", family, f"one of {', '.join(FAMILIES)}")
     if "token_embd.weight" not in tensors:
         raise CheckpointError(path, "token_embd.weight is missing, expected [vocab_size, dim]")
-    of_family = {key.removeprefix(f"{family}."): value for key, value in fields.items()}
+    of_family = {}
+    for key, value in fields.items():
+        if key.startswith(f"{family}."):
+            values = value if isinstance(value, list) else [value]
+            if any(other != values[0] for other in values):
+                refuse(path, key, value, "the same for all layers")
+            of_family[key.removeprefix(f"{family}.")] = values[0] if values else value
     params = {metas: of_family.get(key) for metas, key in GGUF_KEYS.items()}
-    params["norm_eps"] = float(f"{params['norm_eps'] or 0:.7g}")  # it was a float32
+    if type(params["norm_eps"]) is not float:
+        refuse(path, f"{family}.{GGUF_KEYS['norm_eps']}", params["norm_eps"], "a float32")
+    params["norm_eps"] = float(f"{params['norm_eps']:.7g}")  # it was a float32
     params["rope_theta"] = params["rope_theta"] or 10000.0
     params["vocab_size"] = tensors["token_embd.weight"].shape[0]
-    head_dim = config_of(path, params, GGUF_KEYS).head_dim
+    used = config_of(path, params, GGUF_KEYS)
+    head_dim = used.head_dim
     only = {
         "rope.dimension_count": head_dim,
         "attention.value_length": head_dim,
-        "rope.scaling.type": "none",
-        "rope.scale_linear": 1,
-        "rope.scaling.factor": 1,
         "expert_count": 0,
         "attention.causal": True,
         "vocab_size": params["vocab_size"],
@@ -176,26 +201,67 @@ def gguf_params(path: Path, fields: Fields, tensors: dict[str, Stored]) -> dict[
     for key, allowed in only.items():
         if of_family.get(key, allowed) != allowed:
             refuse(path, key, of_family[key], f"{allowed}")
+    window = of_family.get("attention.sliding_window")
+    if window and window < used.max_seq_len:
+        refuse(path, f"{family}.attention.sliding_window", window, "attention to all positions")
+    rope = {there: of_family.get(f"rope.{key}") for there, key in ROPE_KEYS.items()}
+    rope["factor"] = rope["factor"] or of_family.get("rope.scale_linear") or 1
+    rope["rope_type"] = rope["rope_type"] or ("default" if rope["factor"] == 1 else "linear")
+    for key in of_family:
+        if key.startswith("rope.scaling.") and key[5:] not in (*ROPE_KEYS.values(), *ROPE_UNUSED):
+            refuse(path, f"{family}.{key}", of_family[key], "none")
+    if rope["attention_factor"] is not None:  # which comes on top of YaRN's own
+        rope["attention_factor"] *= yarn_attention_factor(rope["factor"], {})
+    params |= rope_params(path, rope, params["rope_theta"], head_dim, used.max_seq_len)
     if "rope_freqs.weight" in tensors:
         divisors = tensors["rope_freqs.weight"].parts()[0].double()
         if divisors.shape != (head_dim // 2,) or not (divisors.isfinite() & (divisors > 0)).all():
             raise CheckpointError(path, f"rope_freqs.weight: expected {head_dim // 2} divisors")
+        if rope["rope_type"] not in ("none", "default"):
+            refuse(path, "rope.scaling.type", rope["rope_type"], "none beside rope_freqs.weight")
         params |= scaling_params(divisors, params["rope_theta"], head_dim)
     return params
 
 
+def in_parts(path: Path, fields: Fields) -> list[Path]:
+    """The files of a model that is split over several, the first of which is `path`."""
+    count, match = fields.get("split.count", 1), PART.fullmatch(path.name)
+    if count in (0, 1):
+        return [path]
+    if type(count) is not int or match is None or int(match[3]) != count:
+        problem = f"it says that it is one of {quoted(count)} files"
+        raise CheckpointError(path, f"{problem}, expected the name NAME-00001-of-0000N.gguf")
+    return [path.with_name(f"{match[1]}-{i:05}-of-{count:05}.gguf") for i in range(1, count + 1)]
+
+
 def open_gguf(path: Path) -> Source:
-    """A GGUF file. Raises CheckpointError."""
+    """A GGUF file, or several that are named by one of them. Raises CheckpointError."""
     from gguf import GGML_QUANT_SIZES
 
+    if match := PART.fullmatch(path.name):
+        path = path.with_name(f"{match[1]}-00001-of-{match[3]}.gguf")
     fields, places = read_header(path, GGML_QUANT_SIZES)
-    tensors = gguf_tensors(path, places)
+    tensors, files = gguf_tensors(path, places), in_parts(path, fields)
+    for i, file in enumerate(files[1:], start=1):
+        if not file.is_file():
+            raise CheckpointError(file, "is missing, which is a part of the model; download it too")
+        own, places = read_header(file, GGML_QUANT_SIZES)
+        twice = tensors.keys() & places.keys()
+        if twice or (own.get("split.no"), own.get("split.count")) != (i, len(files)):
+            raise CheckpointError(file, f"is not the part {i + 1} of the model of {path.name}")
+        tensors |= gguf_tensors(file, places)
+    if fields.get("split.tensors.count", len(tensors)) != len(tensors):
+        expected = f"{fields['split.tensors.count']} tensors, found {len(tensors)}"
+        raise CheckpointError(path, f"expected {expected}: its parts are not of one model")
     config = config_of(path, gguf_params(path, fields, tensors), GGUF_KEYS)
     family = fields["general.architecture"]
     if family == "qwen2" and "blk.0.attn_q.bias" not in tensors:
         raise CheckpointError(path, "blk.0.attn_q.bias is missing, which a qwen2 model has")
-    tied, reorder = "output.weight" not in tensors, family == "qwen2"
+    tied, reorder = "output.weight" not in tensors, family != "llama"
     tensors.pop("rope_freqs.weight", None)
-    stored = in_metas_order(path, config, tensors, to_metas_name, to_gguf_name, tied, reorder)
+    stored = in_metas_order(
+        path, family, config, tensors, to_metas_name, to_gguf_name, tied, reorder
+    )
     found = summary(f"GGUF, {family}", config, stored)
-    return Source(path, found, config, stored, lambda: gguf_vocabulary(path, fields))
+    text = functools.partial(gguf_tokenizer, path, fields, config.vocab_size)
+    return Source(path, found, config, stored, text)

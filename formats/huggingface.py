@@ -1,9 +1,7 @@
 """Hugging Face's folders: config.json, safetensors or pytorch_model.bin, tokenizer.json."""
 
 import functools
-import math
 import os
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +20,18 @@ from formats.errors import (
     refuse,
 )
 from formats.meta import map_file
-from formats.source import KEYS, NAMES, Source, Stored, config_of, in_metas_order, renamed, summary
-from formats.text import hf_vocabulary
+from formats.rope import rope_params
+from formats.source import (
+    KEYS,
+    NAMES,
+    Source,
+    Stored,
+    config_of,
+    in_metas_order,
+    renamed,
+    summary,
+)
+from formats.vocabulary import folder_tokenizer
 
 HF_NAMES, HF_KEYS = ({metas: there for metas, (there, _) in t.items()} for t in (NAMES, KEYS))
 METAS_NAMES = {there: metas for metas, there in HF_NAMES.items()}
@@ -107,80 +115,69 @@ def hf_tensors(folder: Path) -> dict[str, Stored]:
     )
 
 
-def divisors_of(
-    theta: float, head_dim: int, factor: float, low: float = 1, high: float = 4, old: float = 8192
-) -> Tensor:
-    """The divisors of frequencies that llama3.rope_frequencies' scaling has: float64 [d / 2]."""
-    wavelengths = 2 * math.pi * theta ** (torch.arange(0, head_dim, 2).double() / head_dim)
-    kept = ((old / wavelengths - low) / (high - low)).clamp(0, 1)
-    return 1 / ((1 - kept) / factor + kept)
-
-
-def scaling_params(divisors: Tensor, theta: float, head_dim: int) -> dict[str, object]:
-    """RoPE's scaling as params.json has it: Meta's factor, or the divisors [d / 2] of any other."""
-    if (divisors - 1).abs().max() < 1e-6:
-        return {}
-    factor = round(divisors.max().item(), 5)
-    if factor >= 1 and (divisors / divisors_of(theta, head_dim, factor) - 1).abs().max() < 1e-5:
-        return {"use_scaled_rope": True, "rope_scaling_factor": factor}
-    return {"rope_divisors": tuple(divisors.tolist())}
-
-
-def rope_params(path: Path, config: dict[str, Any], head_dim: int) -> dict[str, object]:
-    """rope_theta and RoPE's scaling, wherever config.json has them, as params.json has them."""
-    rope = {}
-    for key in ("rope_scaling", "rope_parameters"):
-        value = config.get(key) or {}
-        if not isinstance(value, dict) or any(isinstance(inner, dict) for inner in value.values()):
-            refuse(path, key, value, "an object, the same for all layers")
-        rope |= value
-    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+def hf_rope(path: Path, config: dict[str, Any]) -> tuple[dict[str, Any], object]:
+    """RoPE's scaling and rope_theta, wherever a config.json has them, as transformers 5 does."""
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(rope, dict) or any(isinstance(inner, dict) for inner in rope.values()):
+        refuse(path, "rope_parameters", rope, "an object, the same for all layers")
+    old = config.get("original_max_position_embeddings")
+    rope = rope | ({"original_max_position_embeddings": old} if old else {})
     partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     if partial not in (None, 1):
         refuse(path, "partial_rotary_factor", partial, "1, or none")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return {"rope_theta": theta}
-    if kind != "llama3":
-        refuse(path, "rope_type", kind, 'RoPE scaling of type "llama3", or none')
-    keys = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
-    theta = llama3.checked('"rope_theta"', theta, 1, 1e12, Real)
-    values = [llama3.checked(f'"{key}"', rope.get(key), 1e-6, 2**24, Real) for key in keys]
-    if values[2] <= values[1]:
-        refuse(path, "high_freq_factor", values[2], "more than low_freq_factor")
-    divisors = divisors_of(theta, head_dim, *values)
-    return {"rope_theta": theta} | scaling_params(divisors, theta, head_dim)
+    return rope, rope.get("rope_theta", config.get("rope_theta", 10000.0))
+
+
+FAMILIES = {  # and transformers' defaults where they are not those of params.json
+    "llama": {"max_seq_len": 2048},
+    "mistral": {"max_seq_len": 131072},
+    "qwen2": {"max_seq_len": 32768},
+    "qwen3": {"max_seq_len": 32768, "head_dim": 128},
+    "internlm": {"max_seq_len": 2048},
+}
+
+
+def refuse_window(path: Path, config: dict[str, Any], used: llama3.Config) -> None:
+    """Raise CheckpointError if some layers attend to fewer positions than the context has."""
+    default = 4096 if config["model_type"] == "mistral" else None
+    window, types = config.get("sliding_window", default), config.get("layer_types")
+    if config["model_type"] in ("qwen2", "qwen3"):
+        later = config.get("max_window_layers", 28) < used.n_layers  # the layers that have it
+        have = "sliding_attention" in types if types else later
+        window = window if config.get("use_sliding_window") and have else None
+    if window and window < used.max_seq_len:
+        refuse(path, "sliding_window", window, "attention to all positions")
+    if {*(types or ())} - {"full_attention", "sliding_attention"}:
+        refuse(path, "layer_types", types, "full_attention in all layers")
 
 
 def hf_params(path: Path, config: dict[str, Any]) -> tuple[dict[str, object], set[str]]:
     """Return a config.json's constants as params.json has them, and the matrices with a bias."""
     family = config.get("model_type")
-    if family not in ("llama", "qwen2", "internlm"):
-        refuse(path, "model_type", family, "llama, qwen2 or internlm")
+    if not isinstance(family, str) or family not in FAMILIES:
+        refuse(path, "model_type", family, f"one of {', '.join(FAMILIES)}")
+    defaults = FAMILIES[family]
     if config.get("quantization_config"):
         expected = "weights that are not quantized, or a GGUF file"
         refuse(path, "quantization_config", config["quantization_config"], expected)
-    window = "use_sliding_window" if family == "qwen2" else "sliding_window"
     for key, allowed, expected in (
         ("hidden_act", ("silu", "swish", None), "silu"),
-        (window, (False, None), "attention to all positions"),
         ("is_causal", (True, None), "true: each token sees those before it"),
     ):
         if config.get(key) not in allowed:
             refuse(path, key, config[key], expected)
-    if set(config.get("layer_types") or ()) - {"full_attention"}:
-        refuse(path, "layer_types", config["layer_types"], "full_attention in all layers")
     rotary = config.get("rotary") if family == "internlm" else None
     rotary = rotary if isinstance(rotary, dict) else {"type": rotary}
     if rotary.get("type") not in (None, "origin", "dynamic"):  # dynamic: only for longer contexts
         refuse(path, "rotary", rotary, '"origin" or "dynamic"')
     params = {metas: config.get(key) for metas, key in HF_KEYS.items()}
-    if params["max_seq_len"] is None:  # transformers' defaults
-        params["max_seq_len"] = 32768 if family == "qwen2" else 2048
-    head_dim = config_of(path, params | {"rope_theta": 1e4}, HF_KEYS).head_dim
-    params |= rope_params(path, config, head_dim)
+    params |= {key: defaults[key] for key in defaults if params.get(key) is None}
+    used = config_of(path, params | {"rope_theta": 1e4}, HF_KEYS)
+    refuse_window(path, config, used)
+    rope, theta = hf_rope(path, config)
+    params |= rope_params(path, rope, theta, used.head_dim, used.max_seq_len)
     params["rope_theta"] = rotary.get("base", params["rope_theta"])
-    key = {"llama": "attention_bias", "internlm": "bias"}.get(family)
+    key = {"qwen2": None, "internlm": "bias"}.get(family, "attention_bias")
     biased = BIASES_QKV if family == "qwen2" else set()
     if key and config.get(key, family == "internlm"):
         biased = BIASES_QKV | {"attention.wo"}
@@ -196,9 +193,16 @@ def open_huggingface(folder: Path) -> Source:
     params, biased = hf_params(path, raw)
     config, tensors = config_of(path, params, HF_KEYS), hf_tensors(folder)
     tensors = {name: t for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
-    tied = raw.get("tie_word_embeddings", "lm_head.weight" not in tensors)
-    stored = in_metas_order(
-        path.parent, config, tensors, to_metas_name, to_hf_name, tied, True, biased
+    family, tied = (
+        raw["model_type"],
+        raw.get("tie_word_embeddings", "lm_head.weight" not in tensors),
     )
-    found = summary(f"Hugging Face, {raw['model_type']}", config, stored)
-    return Source(folder, found, config, stored, functools.partial(hf_vocabulary, folder))
+    stored = in_metas_order(
+        folder, family, config, tensors, to_metas_name, to_hf_name, tied, True, biased
+    )
+    found = summary(f"Hugging Face, {family}", config, stored)
+    found += ", without its adapter" * (folder / "adapter_config.json").exists()
+    text = functools.partial(folder_tokenizer, folder, config.vocab_size)
+    suggested = folder / "generation_config.json"
+    suggested = read_json_object(suggested) if suggested.is_file() else {}
+    return Source(folder, found, config, stored, text, suggested)

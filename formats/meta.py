@@ -9,7 +9,6 @@ from typing import NoReturn
 from torch import Tensor
 
 import llama3
-import tokenizer_setup
 from formats.errors import (
     CheckpointError,
     describe_file,
@@ -21,7 +20,9 @@ from formats.errors import (
     read_json_object,
 )
 from formats.source import Source, Stored, summary
-from formats.text import Vocabulary
+from formats.text import FileTokenizer
+from formats.vocabulary import folder_tokenizer, model_tokenizer
+from tokenizer_setup import Tokenizer
 
 EXPECTED = "expected a PyTorch checkpoint, a dictionary of plain tensors"
 
@@ -119,8 +120,10 @@ def open_meta(folder: Path) -> Source:
     if shards["output.weight"][0].data_ptr() == shards["tok_embeddings.weight"][0].data_ptr():
         del stored["output.weight"]  # tied
 
-    def vocabulary() -> Vocabulary:
-        return tokenizer_setup.read_vocabulary(find_file(folder, "tokenizer.model"))
+    def text() -> Tokenizer | FileTokenizer:
+        if (folder / "tokenizer.json").is_file() and not (folder / "tokenizer.model").exists():
+            return folder_tokenizer(folder, config.vocab_size)  # as formats.convert writes it
+        return model_tokenizer(find_file(folder, "tokenizer.model"), config.vocab_size)
 
     found = summary("Meta's files", config, stored)
-    return Source(folder, found, config, stored, vocabulary, exact=True)
+    return Source(folder, found, config, stored, text, exact=True)

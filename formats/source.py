@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 import llama3
-import tokenizer_setup
 from formats.blocks import BYTES, SIZES, Blocks
-from formats.errors import CheckpointError, describe_file, find_file, one_line, read_file, refuse
-from formats.text import Vocabulary
+from formats.errors import CheckpointError, one_line, refuse
+from formats.text import FileTokenizer
+from formats.vocabulary import model_tokenizer
 from tokenizer_setup import Tokenizer
 
 Span = Callable[[str, int], tuple[int, int]]  # a weight's name and size -> a part along split_axis
@@ -96,7 +96,8 @@ class Source(NamedTuple):
     found: str  # what it is, in a few words
     config: llama3.Config
     stored: dict[str, Stored]  # by Meta's names; without output.weight, it is the embeddings
-    vocabulary: Callable[[], Vocabulary]  # what its tokenizer is made of
+    text: Callable[[], Tokenizer | FileTokenizer]  # makes its tokenizer
+    sampling: Mapping[str, object] = {}  # what its files suggest, under transformers' names
     exact: bool = False  # whether Llama 3's tokenizer has a token for each row of its embeddings
 
     def load_weights(
@@ -153,26 +154,21 @@ class Source(NamedTuple):
                 size += n * stored.dtype.itemsize
         return size
 
-    def tokenizer(self, path: str | Path | None = None) -> Tokenizer:
+    def tokenizer(self, path: str | Path | None = None) -> Tokenizer | FileTokenizer:
         """Its tokenizer, or that in a tokenizer.model. Raises CheckpointError."""
-        if self.exact and not path:
-            path = find_file(self.path, "tokenizer.model")
-        where = Path(path or self.path)
+        where, rows = Path(path or self.path), self.config.vocab_size
         try:
-            if path and where.exists() and not where.is_file():  # a device may never end
-                raise ValueError("it is not a regular file")
-            vocabulary = tokenizer_setup.read_vocabulary(path) if path else self.vocabulary()
-            found = tokenizer_setup.make_tokenizer(where.name, *vocabulary)
+            found = model_tokenizer(path, rows) if path else self.text()
         except CheckpointError:
             raise
-        except Exception as error:  # an address can fail in any of its libraries' ways
-            looks = describe_file(read_file(where, 4096)) if path and where.is_file() else ""
-            reason = f"found {looks}" if looks else getattr(error, "strerror", None) or error
-            problem = f"its tokenizer cannot be used: {one_line(reason)}"
-            raise CheckpointError(path or self.path, problem) from None
-        n, rows, (ranks, text_format) = found.n_vocab, self.config.vocab_size, vocabulary
-        is_llama3 = text_format == tokenizer_setup.llama3_format(len(ranks))
-        if n > rows or (self.exact and is_llama3 and n < rows):
+        except ImportError as error:
+            problem = f"its tokenizer needs a package: pip install {error.name}"
+            raise CheckpointError(where, problem) from None
+        except Exception as error:  # what is in files may have any form
+            problem = f"its tokenizer cannot be used: {one_line(error)}"
+            raise CheckpointError(where, problem) from None
+        n, metas = found.n_vocab, isinstance(found, Tokenizer)
+        if n > rows or (self.exact and metas and n < rows):
             problem = f'the tokenizer has {n} tokens, but the "vocab_size" of the model is {rows}'
             raise CheckpointError(where, f"{problem}; use the tokenizer that came with the weights")
         return found
@@ -190,6 +186,8 @@ NAMES = {
     "feed_forward.w1": ("mlp.gate_proj", "ffn_gate"),
     "feed_forward.w2": ("mlp.down_proj", "ffn_down"),
     "feed_forward.w3": ("mlp.up_proj", "ffn_up"),
+    "attention.q_norm": ("self_attn.q_norm", "attn_q_norm"),
+    "attention.k_norm": ("self_attn.k_norm", "attn_k_norm"),
     "attention_norm": ("input_layernorm", "attn_norm"),
     "ffn_norm": ("post_attention_layernorm", "ffn_norm"),
 }
@@ -235,9 +233,9 @@ def config_of(path: Path, params: dict[str, object], keys: dict[str, str]) -> ll
     """The Config of constants under Meta's names; `keys` are those that an error names them by."""
     if params["ffn_dim"] is None:  # which Meta's formula would give another model
         raise CheckpointError(path, f'"{keys["ffn_dim"]}" is missing')
-    divisors = params.pop("rope_divisors", None)
+    own = {key: params.pop(key) for key in llama3.Config._fields[-2:] if key in params}
     try:
-        return llama3.config_from_params(params)._replace(rope_divisors=divisors)
+        return llama3.config_from_params(params)._replace(**own)
     except ValueError as error:
         problem = re.sub(r'"(\w+)"', lambda key: f'"{keys.get(key[1], key[1])}"', str(error))
         raise CheckpointError(path, problem) from None
@@ -245,6 +243,7 @@ def config_of(path: Path, params: dict[str, object], keys: dict[str, str]) -> ll
 
 def in_metas_order(
     path: Path,
+    family: str,
     config: llama3.Config,
     tensors: Mapping[str, Stored],
     rename: Callable[[str], str | None],
@@ -271,6 +270,10 @@ def in_metas_order(
     output = stored.pop("output.weight", None) if tied else None
     if not tied and "output.weight" not in stored:
         raise CheckpointError(path, "lm_head.weight is missing, but tie_word_embeddings is false")
+    norm = "layers.0.attention.q_norm.weight"
+    if (family == "qwen3") != (norm in stored):
+        state = "is there" if norm in stored else "is missing"
+        raise CheckpointError(path, f"{there(norm)} {state}, which contradicts {family}")
     described = {n: torch.empty((), dtype=t.dtype).expand(t.shape) for n, t in stored.items()}
     try:
         shards = llama3.shards_of([described], config)
@@ -289,7 +292,7 @@ def in_metas_order(
             problem = "lm_head.weight is not the embeddings, but tie_word_embeddings is true"
             raise CheckpointError(path, f"{problem}; set it to false to use lm_head.weight")
     for name, tensor in stored.items():
-        if reorder and re.search(r"attention\.w[qk]\.", name):
+        if reorder and re.search(r"attention\.(w[qk]|[qk]_norm)\.", name):
             stored[name] = tensor._replace(
                 parts=lambda old=tensor.parts: [pairs_side_by_side(old()[0], config.head_dim)],
                 is_copy=True,

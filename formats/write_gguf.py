@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 import llama3
-import tokenizer_setup
 from formats.blocks import SIZES, to_blocks
 from formats.errors import CheckpointError
 from formats.gguf import DTYPES, GGUF_KEYS, to_gguf_name
-from formats.huggingface import divisors_of
+from formats.rope import llama3_divisors
 from formats.source import Source
-from formats.text import CHAT_TEMPLATE, Vocabulary, merges_of
+from formats.write_text import CHAT_TEMPLATE, llama3_ranks, merges_of
+from tokenizer_setup import SPECIAL_TOKENS
 
 TYPES = ("BF16", "Q8_0", "Q4_0")
 
@@ -28,31 +28,24 @@ def fields_of(source: Source) -> dict[str, object]:
     return {f"llama.{key}": value for key, value in fields.items()}
 
 
-def llama3_vocabulary(source: Source) -> Vocabulary:
-    """The vocabulary of a model. Raises CheckpointError if it is not Llama 3's."""
-    source.tokenizer()  # or it is refused
-    ranks, text_format = source.vocabulary()
-    if text_format != tokenizer_setup.llama3_format(len(ranks)):
-        problem = "its tokenizer is not Llama 3's; leave it out with --no-tokenizer"
-        raise CheckpointError(source.path, problem)
-    return ranks, text_format
-
-
 def tokenizer_fields(source: Source) -> dict[str, object]:
     """Those of Llama 3's tokenizer. Raises CheckpointError for another one."""
-    ranks, text_format = llama3_vocabulary(source)
-    spelled, merges, special = *merges_of(ranks), text_format.special_tokens
-    tokens = [*sorted(spelled, key=spelled.get), *sorted(special, key=special.get)]
+    ranks = llama3_ranks(source.tokenizer())
+    if ranks is None:
+        problem = "its tokenizer is not Llama 3's; leave it out with --no-tokenizer"
+        raise CheckpointError(source.path, problem)
+    spelled, merges = merges_of(ranks)
+    tokens = [*sorted(spelled, key=spelled.get), *SPECIAL_TOKENS]
     unused = range(len(tokens), source.config.vocab_size)
     fields = {
         "tokens": tokens + [f"<|unused_{i}|>" for i in unused],
-        "token_type": [1] * len(ranks) + [3] * len(special) + [5] * len(unused),
+        "token_type": [1] * len(ranks) + [3] * len(SPECIAL_TOKENS) + [5] * len(unused),
         "merges": [f"{left} {right}" for left, right in merges],
         "pre": "llama-bpe",
-        "bos_token_id": special["<|begin_of_text|>"],
-        "eos_token_id": special["<|end_of_text|>"],
-        "eot_token_id": special["<|eot_id|>"],
-        "eom_token_id": special["<|eom_id|>"],
+        "bos_token_id": tokens.index("<|begin_of_text|>"),
+        "eos_token_id": tokens.index("<|end_of_text|>"),
+        "eot_token_id": tokens.index("<|eot_id|>"),
+        "eom_token_id": tokens.index("<|eom_id|>"),
         "add_bos_token": True,
     }
     named = {f"tokenizer.ggml.{key}": value for key, value in fields.items()}
@@ -73,6 +66,9 @@ def to_gguf(
     import gguf
 
     config, tensors = source.config, {}
+    if config.rope_attention_factor != 1 or "layers.0.attention.q_norm.weight" in source.stored:
+        problem = "found YaRN or norms of heads, which this writes no GGUF file of"
+        raise CheckpointError(source.path, problem)
     fields = fields_of(source) | (tokenizer_fields(source) if tokenizer else {})
     fields["tokenizer.ggml.model"] = "gpt2" if tokenizer else "none"
     for name, stored in source.stored.items():
@@ -81,7 +77,7 @@ def to_gguf(
     divisors = config.rope_divisors
     if config.rope_scaling_factor:
         args = config.rope_theta, config.head_dim, config.rope_scaling_factor
-        divisors = divisors_of(*args).tolist()
+        divisors = llama3_divisors(*args).tolist()
 
     def content(name: str) -> Tensor:
         """A tensor's bytes in the file."""

@@ -15,7 +15,8 @@ from references import texts
 
 import formats
 from formats.errors import CheckpointError
-from formats.text import SPLIT_PATTERNS
+from formats.vocabulary import QWEN2_PATTERN
+from tokenizer_setup import SPLIT_PATTERN
 
 # --- models of transformers -----------------------------------------------------------------------
 
@@ -41,6 +42,12 @@ SCALING = {
 }
 METAS_SCALING = SCALING | {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 METAS_SCALING |= {"original_max_position_embeddings": 8192, "rope_theta": 500000.0}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 KINDS = {
     "llama": ("Llama", {}),
     "scaled": ("Llama", {"rope_parameters": SCALING}),
@@ -49,6 +56,10 @@ KINDS = {
     "biased, as InternLM": ("Llama", {"attention_bias": True}),
     "biases everywhere": ("Llama", {"attention_bias": True, "mlp_bias": True}),
     "head_dim": ("Llama", {"head_dim": 12, "num_key_value_heads": 4}),
+    "linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 3.0}}),
+    "yarn": ("Llama", {"rope_parameters": YARN}),
+    "mistral": ("Mistral", {"sliding_window": None, "head_dim": 8}),
+    "qwen3": ("Qwen3", {"head_dim": 12}),
     "qwen2": ("Qwen2", {}),
     "qwen2, tied": ("Qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
 }
@@ -94,6 +105,8 @@ GGUF_NAMES = {  # by the last part of Meta's names but for ".weight" and ".bias"
     "w3": "ffn_up",
     "attention_norm": "attn_norm",
     "ffn_norm": "ffn_norm",
+    "q_norm": "attn_q_norm",
+    "k_norm": "attn_k_norm",
 }
 
 
@@ -161,6 +174,9 @@ def write_gguf(path, weights, config, kind="F32", family="llama", change=None, t
 # --- tokenizers -----------------------------------------------------------------------------------
 
 
+PATTERNS = {"llama3": SPLIT_PATTERN, "qwen2": QWEN2_PATTERN}
+
+
 @functools.cache
 def _trained(split):
     """The tokenizer.json of `trained_tokenizer`, as text."""
@@ -181,7 +197,7 @@ def _trained(split):
     tokenizer.pre_tokenizer = {
         "gpt2": by_bytes,
         "smollm": pre.Sequence([pre.Digits(individual_digits=True), by_bytes]),
-    }.get(split) or pre.Sequence([pre.Split(Regex(SPLIT_PATTERNS[split]), "isolated"), by_bytes])
+    }.get(split) or pre.Sequence([pre.Split(Regex(PATTERNS[split]), "isolated"), by_bytes])
     if split == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
@@ -209,6 +225,40 @@ def trained_tokenizer(split):
 
     tokenizer = Tokenizer.from_str(_trained(split))
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@functools.cache
+def _fallback():
+    """The tokenizer.json of `fallback_content`, as text."""
+    from tokenizers import Tokenizer, models, processors, trainers
+    from tokenizers import pre_tokenizers as pre
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre.Metaspace()
+    in_bytes = [f"<0x{byte:02X}>" for byte in range(256)]
+    special = ["<unk>", "<s>", "</s>", *in_bytes]
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator([*texts()[:4], *["hello world, here it is"] * 5], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    content = json.loads(tokenizer.to_str())
+    content["model"] |= {"byte_fallback": True, "fuse_unk": True, "unk_token": "<unk>"}
+    content["added_tokens"] = content["added_tokens"][:3]
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    normalizers = [{"type": "Prepend", "prepend": "\u2581"}, replace]
+    content["normalizer"] = {"type": "Sequence", "normalizers": normalizers}
+    content["pre_tokenizer"] = None
+    back = {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    decoders = [back, {"type": "ByteFallback"}, {"type": "Fuse"}, strip]
+    content["decoder"] = {"type": "Sequence", "decoders": decoders}
+    return json.dumps(content)
+
+
+def fallback_content():
+    """A tokenizer.json of a vocabulary with byte fallback, written as Llama 2's is."""
+    return json.loads(_fallback())
 
 
 CHATML = (  # Qwen2's

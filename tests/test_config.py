@@ -39,6 +39,7 @@ def test_the_published_params_of_8b_are_read(tmp_path):
         rope_theta=500000.0,
         rope_scaling_factor=None,
         rope_divisors=None,
+        rope_attention_factor=1.0,
         max_seq_len=8192,
     )
 

@@ -182,6 +182,7 @@ def test_params(folder, content):
         scaled = bool(params.get("use_scaled_rope"))
         follows = {"n_kv_heads": config.n_heads, "head_dim": 16, "ffn_dim": 96}
         follows |= {"rope_scaling_factor": 8 if scaled else None, "rope_divisors": None}
+        follows |= {"rope_attention_factor": 1.0}
         follows |= {"max_seq_len": 131072 if scaled else 8192}
         if params["vocab_size"] == -1:
             params["vocab_size"] = PARAMS["vocab_size"]

@@ -155,8 +155,11 @@ def test_converted_it_is_the_same(path, source, weights, tmp_path):
     for name, w in source.load_weights(dtype=torch.float32).items():
         w = w.to(torch.bfloat16) if isinstance(w, Blocks) else w
         assert torch.equal(converted[name], w), name
-    there = tokenizer_setup.load_tokenizer(tmp_path / "meta" / "tokenizer.model")
-    assert there.format == source.tokenizer().format
+    there, here = (formats.open(folder).tokenizer() for folder in (tmp_path / "meta", path))
+    assert (there.stop, there.special_tokens) == (here.stop, here.special_tokens)
+    assert tokenizer_setup.encode(there, "In 1969, ...") == tokenizer_setup.encode(
+        here, "In 1969, ..."
+    )
 
 
 def test_the_readmes_conversation_is_what_it_says(path, capsys, monkeypatch):

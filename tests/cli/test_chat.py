@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from conftest import DEMO, ROOT
+from other_formats import hf_model, trained_tokenizer
 from program import run_main, write_endless_model
 
 import llama3
@@ -259,17 +260,11 @@ def test_a_system_message_that_is_no_text_is_refused(capsys):
     assert "argument --system: found bytes that are not UTF-8, expected text" in err
 
 
-def test_a_model_without_a_dialog_format_cannot_chat(capsys, monkeypatch):
-    make = tokenizer_setup.make_tokenizer
-
-    def without(*args):
-        tokenizer = make(*args)
-        tokenizer.format = tokenizer.format._replace(dialog=None)
-        return tokenizer
-
-    monkeypatch.setattr(tokenizer_setup, "make_tokenizer", without)
-    _, err = said(capsys, "--prompt", "a", status=2)
-    assert "argument --chat: no dialog format is known for this model" in err
+def test_a_model_without_a_chat_template_cannot_chat(capsys, tmp_path):
+    hf_model("llama", vocab_size=528).save_pretrained(tmp_path)
+    trained_tokenizer("qwen2").save_pretrained(tmp_path)
+    _, err = run_main(capsys, "--chat", "--prompt", "a", "--ckpt-dir", tmp_path, status=2)
+    assert "argument --chat: this model has no chat template: use a text" in err
 
 
 # --- commands -------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 from conftest import DEMO
+from other_formats import hf_model, trained_tokenizer
 from program import SUM, refused, run_main, write_endless_model
 
 import llama3
@@ -56,9 +57,35 @@ def test_a_pasted_dialog_is_noted_to_be_plain_text(capsys):
     text = "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
     _, err = run_main(capsys, "--prompt", text, "--max-new-tokens", "1")
     expected = 'the prompt contains "<|start_header_id|>", which is treated as plain text'
-    assert err == f"llama3.py: {expected}\n"
+    assert err == f"llama3.py: {expected}; --special reads it as a special token\n"
     _, err = run_main(capsys, "--prompt", "<|eot|>", "--max-new-tokens", "1")
     assert err == ""
+
+
+def test_special_tokens_of_a_prompt_are_read_if_asked_for(capsys):
+    """So a dialog can be pasted, with its first token or without."""
+    text = "<|start_header_id|>user<|end_header_id|>\n\nWhat is the capital of Japan?<|eot_id|>"
+    text += "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    tokens = []
+    for prompt in (text, "<|begin_of_text|>" + text):
+        out, err = run_main(capsys, "--special", "--prompt", prompt, "--stats")
+        assert out == "The capital of Japan is Tokyo."
+        tokens.append(json.loads(err)["prompt_tokens"])
+    assert tokens[0] == tokens[1] < 30
+
+
+def test_what_the_files_suggest_for_sampling_is_said_and_not_done(capsys, tmp_path):
+    hf_model("llama", vocab_size=528).save_pretrained(tmp_path)
+    trained_tokenizer("gpt2").save_pretrained(tmp_path)
+    suggested = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": None}
+    (tmp_path / "generation_config.json").write_text(json.dumps(suggested))
+    command = ["--ckpt-dir", tmp_path, "--prompt", "a", "--max-new-tokens", "1"]
+    capsys.readouterr()
+    _, err = run_main(capsys, *command)
+    told = "llama3.py: its generation_config.json suggests --temperature 0.6 --top-p 0.9, which"
+    assert err.startswith(told)
+    for more in (["--temperature", "1", "--seed", "1"], ["--top-k", "3"]):
+        assert run_main(capsys, *command, *more)[1] == ""
 
 
 # --- statistics -----------------------------------------------------------------------------------

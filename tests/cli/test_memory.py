@@ -37,10 +37,11 @@ def least_that_suffices(monkeypatch, *arguments):
 
 
 def free_of(monkeypatch, **files):
-    """What free_bytes finds where these files are all that the system has."""
+    """What free_bytes finds where these files are all that the system has, or `more` by paths."""
     paths = {"meminfo": "/proc/meminfo"}
     paths |= {n: f"/sys/fs/cgroup/memory.{n}" for n in ("current", "max", "stat")}
-    contents = {paths[name]: text for name, text in files.items()}
+    contents = files.pop("more", {})
+    contents |= {paths[name]: text for name, text in files.items()}
 
     def read_text(path, **_):
         if str(path) not in contents:
@@ -61,6 +62,23 @@ def test_what_is_free_is_what_the_machine_has_or_the_least_that_a_container_may_
     assert free_of(monkeypatch, **machine, **container, max="6000\n") == 6000 - (5000 - 3000)
     assert free_of(monkeypatch, **container, max="10000000\n") == 10000000 - 2000
     assert free_of(monkeypatch, **machine, **container, max="1000\n") == 0
+
+    # Groups in groups: the least of the own one and of those around it.
+    stat, own = "inactive_file 100\ntotal_inactive_file 200\n", "/sys/fs/cgroup/a.slice/b"
+    groups = {"/proc/self/cgroup": "1:name=x:/y\n0::/a.slice/b\n", f"{own}/memory.max": "max\n"}
+    for place, used, limit in ((own, 700, 9000), ("/sys/fs/cgroup/a.slice", 800, 5000)):
+        groups |= {f"{place}/memory.current": f"{used}\n", f"{place}/memory.stat": stat}
+        groups[f"{place}/memory.max"] = f"{limit}\n"
+    assert free_of(monkeypatch, **machine, more=dict(groups)) == 5000 - 800 + 100
+    groups[f"{own}/memory.max"] = "1000\n"
+    assert free_of(monkeypatch, **machine, more=dict(groups)) == 1000 - 700 + 100
+    # Version 1: one of several controllers on its line, and no limit on its top.
+    top = "/sys/fs/cgroup/memory"
+    groups = {"/proc/self/cgroup": "5:cpu,memory:/docker/x\n3:pids:/\n"}
+    for place, limit in ((f"{top}/docker/x", 3000), (top, 2**63 - 4096)):
+        groups[f"{place}/memory.usage_in_bytes"] = "1500\n"
+        groups |= {f"{place}/memory.stat": stat, f"{place}/memory.limit_in_bytes": f"{limit}\n"}
+    assert free_of(monkeypatch, **machine, more=dict(groups)) == 3000 - 1500 + 200
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70, 80))
     assert memory.free_bytes(CUDA) == 70
 

@@ -18,7 +18,7 @@ from cli.messages import UsageError
 from cli.model import choose_device
 
 GROUPS = {
-    "text": "prompt prompt-file score by-line chat system",
+    "text": "prompt prompt-file score by-line special chat system",
     "model": "ckpt-dir tokenizer max-seq-len",
     "sampling": "max-new-tokens temperature top-k top-p min-p repetition-penalty seed",
     "output": "logprobs plot plot-layer stats",
@@ -174,6 +174,7 @@ def test_the_checkpoint_comes_from_the_environment_the_folder_or_the_demo(
         ("--score none", "argument --score: none: cannot be read: No such file"),
         ("--score README.md --max-seq-len 1", "--max-seq-len 1: a score needs a context of 2 toke"),
         ("--score b --logprobs 2", "argument --score: not allowed with --logprobs"),
+        ("--chat --special", "argument --special: not allowed with --chat"),
         ("--prompt a --by-line", "argument --by-line: only valid with --score"),
         ("--prompt a --system b", "argument --system: only valid with --chat"),
         ("--chat --score b", "argument --chat: not allowed with --score"),

@@ -19,8 +19,6 @@ from other_formats import (
     TOKENS,
     hf_model,
     logits_of,
-    refused,
-    tokenizer_of,
     write_gguf,
     write_qwen2,
 )
@@ -79,7 +77,7 @@ def error_of(capfd, main, *arguments):
 def test_metas_files_hold_the_same_config_and_weights(tmp_path, kind):
     hf_model(kind).save_pretrained(tmp_path / "hf")
     source = formats.open(tmp_path / "hf")
-    if source.config.rope_divisors:  # other constants than Meta's
+    if kind in ("scaled", "linear", "yarn"):  # other constants than Meta's
         with pytest.raises(CheckpointError, match="cannot say how its RoPE is scaled"):
             convert.to_meta(source, tmp_path / "meta", tokenizer=False)
         return
@@ -225,7 +223,9 @@ def test_models_of_other_sizes_go_there_and_back(tmp_path, kind, monkeypatch):
 
 def test_what_hugging_faces_llama_does_not_have_is_not_exported(tmp_path):
     for kind, says in (
-        ("scaled", "found rope_divisors"),
+        ("scaled", "found RoPE that is scaled otherwise"),
+        ("yarn", "found RoPE that is scaled otherwise"),
+        ("qwen3", r"found attention\.k_norm\.weight, attention\.q_norm\.weight"),
         ("qwen2", r"found attention\.wk, attention\.wq, attention\.wv"),
         ("biases everywhere", r"found attention\.wk, .*feed_forward\.w3"),
     ):
@@ -246,12 +246,30 @@ def test_what_hugging_faces_llama_does_not_have_is_not_exported(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["hf", "meta"]
 
 
-def test_another_tokenizer_than_llama_3s_is_not_exported(tmp_path, folder, capfd):
+def test_another_tokenizer_than_llama_3s_is_not_written_to_gguf(tmp_path, folder, capfd):
     hf_model("llama", vocab_size=528).save_pretrained(folder)
-    line = error_of(capfd, convert.main, "--to-hf", folder, tmp_path / "back")
+    line = error_of(capfd, convert.main, folder, tmp_path / "a.gguf")
     assert "its tokenizer is not Llama 3's; leave it out with --no-tokenizer" in line
-    said(capfd, 0, convert.main, "--to-hf", folder, tmp_path / "back", "--no-tokenizer")
-    assert sorted(os.listdir(tmp_path / "back")) == ["config.json", "model.safetensors"]
+    said(capfd, 0, convert.main, folder, tmp_path / "a.gguf", "--no-tokenizer")
+    assert sorted(os.listdir(tmp_path)) == ["a.gguf", "hf"]
+
+
+def test_any_tokenizer_is_written_as_hugging_face_has_it(tmp_path, folder, capfd):
+    """By both folders that are written, with its template and its stop tokens."""
+    import transformers
+
+    hf_model("llama", vocab_size=528).save_pretrained(folder)
+    said(capfd, 0, convert.main, folder, tmp_path / "meta")
+    said(capfd, 0, convert.main, "--to-hf", tmp_path / "meta", tmp_path / "back")
+    ours = [formats.open(tmp_path / name).tokenizer() for name in ("hf", "meta", "back")]
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
+    dialog = [{"role": "user", "content": "Hi <tool_call> 12"}]
+    expected = theirs.apply_chat_template(dialog, add_generation_prompt=True)["input_ids"]
+    for tokenizer in ours:
+        assert tokenizer_setup.encode_dialog(tokenizer, dialog) == expected
+        assert tokenizer_setup.stop_tokens(tokenizer) == tokenizer_setup.stop_tokens(ours[0])
+        for text in texts():
+            assert tokenizer_setup.encode(tokenizer, text) == theirs(text)["input_ids"]
 
 
 # --- GGUF files -----------------------------------------------------------------------------------
@@ -275,7 +293,8 @@ def test_a_gguf_file_has_the_models_numbers_and_its_tokens(
             expected = torch.from_numpy(gguf.quants.dequantize(raw, number))
         assert torch.equal(torch.cat([*stored.tensors()]).float(), expected)
     tokenizer = source.tokenizer()
-    assert tokenizer.format == demo_tokenizer.format
+    assert tokenizer.special_tokens == demo_tokenizer.special_tokens
+    assert tokenizer_setup.stop_tokens(tokenizer) == tokenizer_setup.stop_tokens(demo_tokenizer)
     for text in texts():
         encoded = tokenizer_setup.encode(tokenizer, text)
         assert encoded == tokenizer_setup.encode(demo_tokenizer, text)
@@ -310,6 +329,9 @@ def test_models_of_other_sizes_become_gguf_files(tmp_path, kind):
     for kind_of_blocks in ("BF16", "Q8_0"):
         path = tmp_path / f"{kind_of_blocks}.gguf"
         arguments = ["--no-tokenizer", "--type", kind_of_blocks]
+        if kind in ("yarn", "qwen3"):
+            assert convert.main([str(tmp_path / "hf"), str(path), *arguments]) == 2
+            continue
         assert convert.main([str(tmp_path / "hf"), str(path), *arguments]) == 0
         again = formats.open(path)
         config = again.config._replace(rope_divisors=source.config.rope_divisors)
@@ -382,7 +404,8 @@ def test_a_folder_is_run_as_it_is_and_converted(tmp_path, folder, capfd):
     again, err = said(capfd, 0, llama3_main, *prompt, "--ckpt-dir", tmp_path / "meta")
     assert again == out
     source = formats.open(folder)
-    ids, weights = source.tokenizer().encode("Hello, 12"), source.load_weights()
+    ids = tokenizer_setup.encode(source.tokenizer(), "Hello, 12")
+    weights = source.load_weights()
     assert next(llama3.generate(ids, weights, source.config, max_new_tokens=1)) > 500
 
 
@@ -413,9 +436,8 @@ def test_a_name_in_a_file_cannot_write_to_the_terminal(tmp_path, folder, capfd):
         assert error_of(capfd, main, *arguments).isprintable()
 
 
-def test_a_sentencepiece_vocabulary_is_refused_and_the_weights_are_not(tmp_path, folder, capfd):
+def test_without_a_tokenizer_the_weights_are_converted_alone(tmp_path, folder, capfd):
     (folder / "tokenizer.json").unlink()
-    (folder / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
     for main, arguments in (
         (convert.main, [folder, tmp_path / "meta"]),
         (llama3_main, ["--ckpt-dir", folder, "--prompt", "a"]),
@@ -425,33 +447,6 @@ def test_a_sentencepiece_vocabulary_is_refused_and_the_weights_are_not(tmp_path,
         assert "--no-tokenizer" in line
     said(capfd, 0, convert.main, folder, tmp_path / "meta", "--no-tokenizer")
     assert sorted(os.listdir(tmp_path / "meta")) == ["consolidated.00.pth", "params.json"]
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"special_tokens": []},
-        {"special_tokens": {"a": -1}},
-        {"split": "no such"},
-        {"split": []},
-        {"split": "("},
-        {"normalization": "no such"},
-        {"spelled": ["no such"]},
-        {"begin": "no such"},
-        {"stop": [3]},
-        {"stop": ["no such"]},
-        {"dialog": "alpaca"},
-        {"dialog": "llama3"},  # whose turns begin with a token that is not there
-        {"system": 3},
-        {"more": 1},
-    ],
-    ids=str,
-)
-def test_a_tokenizer_setup_of_wrong_values_is_refused(tmp_path, folder, change):
-    convert.to_meta(formats.open(folder), tmp_path / "meta")
-    path = tmp_path / "meta" / "tokenizer_setup.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    refused(tmp_path / "meta", read=tokenizer_of)
 
 
 # --- OUT_DIR --------------------------------------------------------------------------------------

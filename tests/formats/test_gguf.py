@@ -171,17 +171,24 @@ def test_a_tied_output_is_in_the_same_blocks(tmp_path, device):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"add_string": ("llama.rope.scaling.type", "yarn")}, '"rope.scaling.type" is "yarn"'),
-        ({"add_float32": ("llama.rope.scale_linear", 2.0)}, '"rope.scale_linear" is 2.0'),
-        ({"add_float32": ("llama.rope.scaling.factor", 2.0)}, '"rope.scaling.factor" is 2.0'),
+        ({"add_string": ("llama.rope.scaling.type", "longrope")}, '"rope_type" is "longrope"'),
+        ({"add_float32": ("llama.rope.scaling.x", 2.0)}, '"llama.rope.scaling.x" is 2.0'),
+        (
+            {"add_float32": ("llama.rope.scale_linear", 2.0)}
+            | {"add_tensor": ("rope_freqs.weight", np.full(4, 2, np.float32))},
+            '"rope.scaling.type" is "linear"',
+        ),
+        ({"add_uint32": ("llama.attention.sliding_window", 9)}, 'sliding_window" is 9'),
+        ({"add_array": ("llama.expert_count", [8, 8])}, '"expert_count" is 8'),
+        ({"add_array": ("llama.x", [1, 2])}, '"llama.x" is [1, 2]'),
         ({"add_uint32": ("llama.expert_count", 8)}, '"expert_count" is 8'),
         ({"add_bool": ("llama.attention.causal", False)}, '"attention.causal" is false'),
         ({"add_key_length": (32,)}, '"rope.dimension_count" is 8'),
-        ({"add_uint16": ("split.count", 3)}, '"split.count" is 3'),
+        ({"add_uint16": ("split.count", 3)}, "it says that it is one of 3 files"),
         ({"add_string": ("llama.no_such_key", "x")}, ""),  # is of no consequence
         ({"add_tensor": ("rope_freqs.weight", np.ones(3, np.float32))}, "expected 4 divisors"),
         ({"add_tensor": ("rope_freqs.weight", np.zeros(4, np.float32))}, "expected 4 divisors"),
-        ({"add_tensor": ("blk.0.attn_q_norm.weight", np.ones(8, np.float32))}, "attn_q_norm"),
+        ({"add_tensor": ("blk.0.attn_q_norm.weight", np.ones(8, np.float32))}, "contradicts llama"),
         (
             {"add_tensor": ("blk.0.ffn_gate_exps.weight", np.ones((2, 2, 2), np.float32))},
             "found blk.0.ffn_gate_exps.weight, which is no weight of a model known here",
@@ -309,12 +316,12 @@ BAD_HEADERS = {
             field(
                 "llama.attention.layer_norm_rms_epsilon",
                 LIST,
-                struct.pack("<IQf", F32, 1, 1e-5),
+                struct.pack("<IQff", F32, 2, 1e-5, 1e-6),
             )
         ]
     ),
     "a head count for each layer": gguf_bytes(
-        [field("llama.attention.head_count", LIST, struct.pack("<IQI", U32, 1, 2))]
+        [field("llama.attention.head_count", LIST, struct.pack("<IQII", U32, 2, 2, 1))]
     ),
     "alignment 0": with_alignment(U32, "<I", 0),
     "alignment 7": with_alignment(U32, "<I", 7),

@@ -191,18 +191,32 @@ def test_the_memory_that_is_needed_is_that_of_copies_or_on_a_gpu_of_all_weights(
 # --- what is refused ------------------------------------------------------------------------------
 
 BAD_CONFIGS = [
-    ({"model_type": "mistral"}, '"model_type" is "mistral"'),
+    ({"model_type": "gemma2"}, '"model_type" is "gemma2"', "llama, mistral, qwen2, qwen3"),
+    ({"model_type": "qwen3"}, "self_attn.q_norm.weight is missing, which contradicts qwen3"),
+    ({"model_type": "mistral", "sliding_window": 200}, '"sliding_window" is 200'),
+    ({"model_type": "mistral"}, "q_proj.bias is there"),
     ({"model_type": None}, '"model_type" is null'),
     ({"model_type": ["qwen2"]}, '"model_type" is ["qwen2"]'),
     ({"quantization_config": {"quant_method": "gptq"}}, '"quantization_config" is {"quant_method"'),
     ({"hidden_act": "gelu"}, '"hidden_act" is "gelu"'),
-    ({"use_sliding_window": True, "sliding_window": 4096}, '"use_sliding_window" is true'),
-    ({"model_type": "llama", "sliding_window": 4096}, '"sliding_window" is 4096'),
-    ({"layer_types": ["full_attention", "sliding_attention"]}, '"layer_types" is'),
+    (
+        {"use_sliding_window": True, "sliding_window": 99, "max_window_layers": 1}
+        | {"layer_types": ["full_attention", "sliding_attention"]},
+        '"sliding_window" is 99',
+    ),
+    (
+        {"use_sliding_window": True, "sliding_window": 99, "max_window_layers": 0}
+        | {"layer_types": None},
+        '"sliding_window" is 99',
+    ),
+    ({"model_type": "llama", "sliding_window": 99}, '"sliding_window" is 99'),
+    ({"layer_types": ["full_attention", "chunked_attention"]}, '"layer_types" is'),
     ({"layer_types": 5}, "cannot be used: TypeError"),
-    ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, '"rope_type" is "yarn"'),
-    ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, '"rope_type" is "linear"'),
-    ({"rope_parameters": {"rope_type": "llama3", "factor": 4.0}}, '"low_freq_factor": found None'),
+    ({"rope_parameters": {"rope_type": "longrope", "factor": 4.0}}, '"rope_type" is "longrope"'),
+    ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, '"rope_type" is "dynamic"'),
+    ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, '"factor" is null'),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": "4"}}, '"factor" is "4"'),
+    ({"rope_parameters": {"rope_type": "llama3", "factor": 4.0}}, '"low_freq_factor" is null'),
     ({"rope_parameters": SCALING | {"high_freq_factor": 1.5}}, '"high_freq_factor" is 1.5'),
     ({"rope_parameters": {"full_attention": {}}}, "the same for all layers"),
     ({"rope_parameters": {"partial_rotary_factor": 0.5}}, '"partial_rotary_factor" is 0.5'),
