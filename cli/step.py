@@ -132,7 +132,7 @@ def matrix_part(w: Tensor | Words, dtype: torch.dtype) -> Part:
     """The product of one vector with matrices such as w, of any number of rows, as a part."""
     x = torch.randn(1, 1, w.shape[1], generator=torch.Generator().manual_seed(0)).to(dtype)
     if isinstance(w, Words):
-        few, rows = some_rows(w, 0, 3), 0
+        few, rows = some_rows(w, 0, 64), 0
     else:
         quarters, rows = len(in_quarters(w)), 1
         few = w[-259 * quarters :].unflatten(0, (quarters, -1))

@@ -1,8 +1,9 @@
-"""Quantized matrices as one token is multiplied by them: 16 rows side by side, in words of 32 bits.
+"""Quantized matrices as one token is multiplied by them: rows side by side, in words of 32 bits.
 
-The compiler makes one loop of such a product, with a lane of the processor's vectors for each row.
-The inputs are in chunks of 32, or 64 in types whose blocks are of 256 (the dimensions C are chunks,
-or blocks and their 4 chunks). A matrix of 16 R outputs is two tensors:
+The compiler makes one loop of such a product, with a lane of the processor's vectors for each row,
+of which there are 16 in AVX-512 and else 8 (16 in the shapes below). The inputs are in chunks of
+32, or 64 in types whose blocks are of 256 (the dimensions C are chunks, or blocks and their 4
+chunks). A matrix of 16 R outputs is two tensors:
 
     scales  [R, C, n, 16]       for 32 inputs, or for a block; with n = 2 minimums as well
     words   int32 [R, C, n, 16] the low 4 bits of a chunk's numbers, or all 8; then the high 1 or 2
@@ -25,11 +26,11 @@ from cli.build import BUILT_FROM_BYTES, Part, Run, key_of, runs_of
 from cli.messages import bar
 from formats.blocks import BYTES, SIZES, Blocks
 
-LANES = 16
 REPACKED_AT_ONCE = 2**22  # numbers
 DEQUANTIZED_AT_ONCE = 2**20  # numbers
-# Smaller, but the compiler converts float16 beside numbers of 32 bits well for AVX-512 alone.
 AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+LANES = 16 if AVX512 else 8  # of a vector: rows that lie side by side
+# Smaller, but the compiler converts float16 beside numbers of 32 bits well for AVX-512 alone.
 SCALES = torch.float16 if AVX512 else torch.float32
 HIGH_WORDS = {"Q5_0": 1, "Q5_1": 1, "Q5_K": 2, "Q6_K": 4}  # of a chunk
 # What is added to numbers of a type, so that they are not negative; the last byte has a sign.
