@@ -155,14 +155,18 @@ def _turn(tokenizer: Tokenizer, message: Mapping[str, Any]) -> list[int]:
     return [*tokens, *text(message["content"]), special[end]]
 
 
-def check_messages(messages: object) -> list[Mapping[str, Any]]:
-    """The messages of a dialog, as encode_dialog takes them. Raises ValueError."""
+def check_messages(messages: object, others: bool = False) -> list[Mapping[str, Any]]:
+    """The messages of a dialog, as encode_dialog takes them. Raises ValueError.
+
+    others: whether a message may lack a content, for other families' templates.
+    """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Iterable):
         expected = 'expected a list of {"role": ..., "content": ...}'
         raise ValueError(f"the dialog is a {type(messages).__name__}, {expected}")
     messages, optional = [*messages], {"stop_reason": str, "python_tag": bool}
+    needed = {"role": str} if others else {"role": str, "content": str}  # or calls of tools alone
     for number, message in enumerate(messages, start=1):
-        for key, kind in ({"role": str, "content": str} | optional).items():
+        for key, kind in (needed | optional).items():
             value = message.get(key) if isinstance(message, Mapping) else None
             if not (isinstance(value, kind) or (value is None and key in optional)):
                 expected = f'expected a {kind.__name__} as its "{key}"'

@@ -145,7 +145,7 @@ class Chat:
         file = os.path.abspath(path)
         text = ranks.agreed(lambda: from_file("/load", file, MAX_PROMPT_BYTES, pipes=False))
         try:
-            messages = tokenizer_setup.check_messages(json.loads(text))
+            messages = tokenizer_setup.check_messages(json.loads(text), others=True)
             if messages:
                 tokenizer_setup.encode_dialog(self.model.tokenizer, messages)
         except (ValueError, KeyError, RecursionError) as error:

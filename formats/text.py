@@ -1,8 +1,7 @@
-"""Text as a model's own files say: tokenizer.json, sentencepiece models, GGUF, chat templates.
+"""Text as a model's own files say: what a tokenizer.json has, and a chat template.
 
-Whatever a vocabulary comes from, it becomes what a tokenizer.json has, and the tokenizers package
-runs it; jinja2 renders chat templates. What follows from which file is as in transformers 5, and
-for GGUF files as in llama.cpp.
+The tokenizers package runs the one and jinja2 renders the other, as in transformers 5. Files of
+other kinds become what a tokenizer.json has in vocabulary.py.
 """
 
 import functools
@@ -13,12 +12,8 @@ from datetime import datetime
 from typing import Any
 
 import tokenizer_setup
-from formats.errors import (
-    one_line,
-)
+from formats.errors import one_line
 
-NO_TOKENIZER = "python -m formats.convert --no-tokenizer converts its weights, to use on token ids"
-JSON_LIMIT = 2**26  # bytes of a tokenizer.json; Llama 3's has 17 million
 MARK = "\ufdd0"  # never a character: it stands in the names of special tokens that a text spells
 Content = dict[str, Any]  # what a tokenizer.json has
 
@@ -82,30 +77,36 @@ class FileTokenizer:
         numbers = numbers_of(self.content)
         self.n_vocab = max(numbers.values(), default=0) + 1
         self.names = {key: name for key, name in names.items() if isinstance(name, str)}
+        written, after = self._example()
         ids = {numbers.get(end) if isinstance(end, str) else end for end in ends}
-        ids |= {*self._after_an_answer()} & {entry["id"] for entry in entries.values()}
+        ids |= {*after[:1]} & {entry["id"] for entry in entries.values()}
         self.stop = frozenset(n for n in ids if type(n) is int and 0 <= n < rows)
-        named = {*self.names.values()}
+        turns = {*self.names.values(), *(n for n, i in numbers.items() if i in self.stop)}
         self.special_tokens = {
             name: entry["id"]
             for name, entry in entries.items()
-            if entry["special"] or name in named or entry["id"] in self.stop
+            if entry["special"] or name in turns
         }
-        longest_first = sorted(self.special_tokens, key=len, reverse=True)
-        self.pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        turns |= {name for name, number in numbers.items() if number in written}
+        self.special = _any_of(self.special_tokens)
+        self.turns = _any_of(self.special_tokens.keys() & turns)
         decoder = json.dumps(self.content.get("decoder"))
         self.in_bytes, self.begins_with_space = "ByteLevel" in decoder, '"Strip"' in decoder
         first, bare = (self.rules.encode("a", add_special_tokens=b).ids[:1] for b in (True, False))
         self.begin = self.rules.id_to_token(first[0]) if first != bare else None
 
-    def _after_an_answer(self) -> list[int]:
-        """The first token that the template writes after what the assistant says, if any."""
+    def _example(self) -> tuple[set[int], list[int]]:
+        """The tokens that the template writes in a dialog, and those after an answer, in order."""
         dialog = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARK}]
         try:
             text = self.render(dialog, prompt=False, **self.names)
         except Exception:  # without a template, or one that says why when it is used
-            return []
-        return self.rules.encode(text.partition(MARK)[2].lstrip(), add_special_tokens=False).ids[:1]
+            return set(), []
+        before, _, after = text.partition(MARK)
+        before, after = (
+            self.rules.encode(t, add_special_tokens=False).ids for t in (before, after.lstrip())
+        )
+        return {*before, *after}, after
 
     @functools.cached_property
     def plain_rules(self) -> Any:
@@ -117,14 +118,6 @@ class FileTokenizer:
         steps += [self.content["normalizer"]] if self.content.get("normalizer") else []
         normalizer = {"type": "Sequence", "normalizers": steps}
         return _rules(self.content | {"added_tokens": entries, "normalizer": normalizer})
-
-    def marked(self, value: Any) -> Any:
-        """The same text, or texts in lists and dictionaries, with MARK in special tokens' names."""
-        if isinstance(value, str):
-            return self.pattern.sub(lambda name: MARK.join(name[0]), value)
-        if isinstance(value, Mapping):
-            return {key: self.marked(inner) for key, inner in value.items() if inner is not None}
-        return [*map(self.marked, value)] if isinstance(value, list | tuple) else value
 
     def ids(self, text: str, bos: bool = False) -> list[int]:
         """The tokens of a text whose special tokens are those, but for names with MARK in them."""
@@ -142,6 +135,11 @@ class FileTokenizer:
         return bytes.fromhex(byte[1]) if byte else spelled.replace("▁", " ").encode()
 
 
+def _any_of(names: Iterable[str]) -> re.Pattern:
+    """A pattern that finds each of some names, a longer one before those within it."""
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
+
+
 def _rules(content: Content) -> Any:
     """The tokenizers package's Tokenizer of a tokenizer.json. Raises ValueError."""
     from tokenizers import Tokenizer
@@ -152,9 +150,18 @@ def _rules(content: Content) -> Any:
         raise ValueError(one_line(error)) from None
 
 
+def marked(value: Any, names: re.Pattern) -> Any:
+    """The same text, or texts in lists and dictionaries, with MARK within names."""
+    if isinstance(value, str):
+        return names.sub(lambda name: MARK.join(name[0]), value)
+    if isinstance(value, Mapping):
+        return {key: marked(inner, names) for key, inner in value.items() if inner is not None}
+    return [marked(inner, names) for inner in value] if isinstance(value, list | tuple) else value
+
+
 @tokenizer_setup.encode.register
 def _(tokenizer: FileTokenizer, text: str, bos: bool = True, special: bool = False) -> list[int]:
-    return tokenizer.ids(text if special else tokenizer.marked(text), bos)
+    return tokenizer.ids(text if special else marked(text, tokenizer.special), bos)
 
 
 @tokenizer_setup.stop_tokens.register
@@ -166,16 +173,18 @@ def _(tokenizer: FileTokenizer) -> frozenset[int]:
 def _(tokenizer: FileTokenizer, messages: Iterable[dict[str, Any]]) -> list[int]:
     if isinstance(tokenizer.render, str):
         raise ValueError(tokenizer.render)
-    messages = tokenizer_setup.check_messages(messages)
+    messages = tokenizer_setup.check_messages(messages, others=True)
+    # Other special tokens in what the model said, such as those around its thoughts, are its own.
+    names = (tokenizer.turns if m["role"] == "assistant" else tokenizer.special for m in messages)
     try:
-        text = tokenizer.render(tokenizer.marked(messages), **tokenizer.names)
+        text = tokenizer.render([*map(marked, messages, names)], **tokenizer.names)
     except Exception as error:  # a template is a program
         raise ValueError(f"the model's chat template: {one_line(error)}") from None
     return tokenizer.ids(text)
 
 
 def compiled(template: object) -> Callable[..., str] | str:
-    """A chat template as a function of messages and names, or why there is none. ValueError."""
+    """A chat template as a function of messages and names, or why there is none."""
     if not template or not isinstance(template, str):
         return "this model has no chat template: use a text"
     if "BEGIN CONVERSATION" in template:
@@ -199,7 +208,7 @@ def compiled(template: object) -> Callable[..., str] | str:
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     try:
         program = environment.from_string(template)
-    except jinja2.TemplateError as error:
+    except Exception as error:  # it is a program
         return f"the model's chat template: {one_line(error)}"
 
     def render(messages: list[dict[str, Any]], prompt: bool = True, **names: str) -> str:

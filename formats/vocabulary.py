@@ -144,13 +144,15 @@ def folder_tokenizer(folder: Path, rows: int) -> tokenizer_setup.Tokenizer | Fil
         entries.setdefault(number, added(name, number, special=False))
     for number, token in (settings.get("added_tokens_decoder") or {}).items():
         entries[int(number)] = added(token["content"], int(number)) | token
+    lists = (settings.get(f"{kind}_special_tokens") for kind in ("additional", "extra"))
+    more = [t.get("content") if isinstance(t, dict) else t for found in lists for t in found or ()]
+    numbers = numbers_of(content | {"added_tokens": [*entries.values()]})
+    for name in (name for name in [*named.values(), *more] if isinstance(name, str)):
+        if name not in numbers:
+            numbers[name] = max(numbers.values(), default=-1) + 1
+        number = numbers[name]
+        entries[number] = entries.get(number, added(name, number)) | {"special": True}
     content["added_tokens"] = [*entries.values()]
-    for name in named.values():
-        numbers = numbers_of(content)
-        if isinstance(name, str) and name not in {t["content"] for t in content["added_tokens"]}:
-            number = numbers.get(name, max(numbers.values(), default=-1) + 1)
-            content["added_tokens"].append(added(name, number))
-    content["added_tokens"].sort(key=lambda token: token["id"])
     begins = settings.get("add_bos_token", not content.get("post_processor") and is_llama)
     if begins or not content.get("post_processor"):
         content = begun_by(content, named.get("bos_token") if begins else None, None)

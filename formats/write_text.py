@@ -33,6 +33,8 @@ def llama3_ranks(tokenizer: tokenizer_setup.Tokenizer | FileTokenizer) -> dict[b
     if isinstance(tokenizer, tokenizer_setup.Tokenizer):
         return tokenizer._mergeable_ranks
     content, special = tokenizer.content, tokenizer.special_tokens
+    if content["model"].get("type") != "BPE":
+        return None
     model, entries = content["model"], content["added_tokens"]
     spelled = model["vocab"].keys() - {token["content"] for token in entries}
     pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])

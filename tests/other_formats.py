@@ -132,10 +132,13 @@ def in_blocks(weight, kind):
     return np.concatenate([scales, rest], axis=1).reshape(weight.shape[0], -1)
 
 
-def write_gguf(path, weights, config, kind="F32", family="llama", change=None, tokens=None):
+def write_gguf(
+    path, weights, config, kind="F32", family="llama", change=None, tokens=None, split=None
+):
     """Meta's weights as llama.cpp's converter writes them; returns the path.
 
-    change: methods of gguf.GGUFWriter with their arguments. tokens: writes the vocabulary.
+    change: methods of gguf.GGUFWriter with their arguments. tokens: writes the vocabulary. split:
+    how many files there are, and how many tensors in all of them.
     """
     import gguf
 
@@ -151,6 +154,9 @@ def write_gguf(path, weights, config, kind="F32", family="llama", change=None, t
     writer.add_vocab_size(config.vocab_size)
     if family == "llama":
         writer.add_rope_dimension_count(config.head_dim)
+    if split:
+        writer.add_uint16("split.count", split[0])
+        writer.add_int32("split.tensors.count", split[1])
     for key, arguments in (change or {}).items():
         getattr(writer, key)(*arguments)
     writer.add_tokenizer_model("gpt2" if tokens else "none")

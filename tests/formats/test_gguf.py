@@ -1,10 +1,12 @@
 """GGUF files, run as they are, against transformers; and headers that mean harm."""
 
 import math
+import re
 import shutil
 import struct
 import sys
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -163,6 +165,104 @@ def test_a_tied_output_is_in_the_same_blocks(tmp_path, device):
         assert table.raw.data_ptr() != output.raw.data_ptr(), (
             "pages of the output can be given back"
         )
+
+
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+def test_scaled_rope_of_a_gguf_file_is_that_of_transformers(tmp_path, kind):
+    """By the keys that llama.cpp's converter writes."""
+    model = hf_model(kind)
+    model.save_pretrained(tmp_path / "hf")
+    source = formats.open(tmp_path / "hf")
+    rope = model.config.rope_parameters
+    change = {"add_rope_scaling_type": (gguf.RopeScalingType(kind),)}
+    change |= {"add_rope_scaling_factor": (rope["factor"],)}
+    if kind == "yarn":
+        change["add_rope_scaling_orig_ctx_len"] = (rope["original_max_position_embeddings"],)
+    weights = source.load_weights(dtype=torch.float32)
+    path = write_gguf(tmp_path / "model.gguf", weights, source.config, change=change)
+    again = formats.open(path)
+    assert again.config.rope_attention_factor == source.config.rope_attention_factor
+    logits = llama3.forward(TOKENS, again.load_weights(dtype=torch.float32), again.config)
+    assert apart(logits, logits_of(model)) < 1e-4
+    change = {"add_float32": ("llama.rope.scale_linear", rope["factor"])}  # of older files
+    again = formats.open(write_gguf(path, weights, source.config, change=change))
+    assert max(again.config.rope_divisors) == min(again.config.rope_divisors) == rope["factor"]
+
+
+def test_what_a_file_says_of_attention_comes_on_top_of_yarns_own(tmp_path):
+    change = {"add_rope_scaling_type": (gguf.RopeScalingType.YARN,)}
+    change |= {"add_rope_scaling_factor": (4.0,), "add_rope_scaling_attn_factors": (0.5,)}
+    config = formats.open(small_gguf(tmp_path / "model.gguf", change=change)).config
+    assert config.rope_attention_factor == pytest.approx(0.5 * (1 + 0.1 * math.log(4)))
+
+
+def test_qwen3_has_norms_of_heads_in_hugging_faces_order(tmp_path):
+    """As llama.cpp has it; transformers reads no `head_dim` from such a file."""
+    model = hf_model("qwen3")
+    model.save_pretrained(tmp_path / "hf")
+    source = formats.open(tmp_path / "hf")
+    weights = {
+        name: w.unflatten(0, (-1, 6, 2)).transpose(1, 2).flatten(0, 2)
+        if re.search(r"attention\.(w[qk]|[qk]_norm)\.", name)
+        else w
+        for name, w in source.load_weights(dtype=torch.float32).items()
+    }
+    change = {"add_key_length": (12,), "add_value_length": (12,)}
+    path = write_gguf(
+        tmp_path / "model.gguf", weights, source.config, family="qwen3", change=change
+    )
+    again = formats.open(path)
+    logits = llama3.forward(TOKENS, again.load_weights(dtype=torch.float32), again.config)
+    assert apart(logits, logits_of(model)) < 1e-4
+
+
+def test_lists_of_the_same_number_are_that_number(tmp_path):
+    change = {"add_head_count_kv": ([2, 2],), "add_feed_forward_length": ([64, 64],)}
+    config = small_config(n_kv_heads=2, ffn_dim=64)
+    path = write_gguf(tmp_path / "model.gguf", random_weights(config), config, change=change)
+    assert formats.open(path).config == config
+
+
+# --- several files --------------------------------------------------------------------------------
+
+
+def split_gguf(folder, n=3):
+    """A small model in n files, as llama.cpp's gguf-split writes them."""
+    config = small_config()
+    weights = random_weights(config)
+    names, paths = sorted(weights), []
+    for i in range(n):
+        path = folder / f"small-{i + 1:05}-of-{n:05}.gguf"
+        change = {"add_uint16": ("split.no", i)}
+        some = {name: weights[name] for name in names[i::n]}
+        paths.append(write_gguf(path, some, config, change=change, split=(n, len(weights))))
+    return config, weights, paths
+
+
+def test_a_model_in_several_files_is_named_by_any_of_them_or_the_folder(tmp_path):
+    config, weights, paths = split_gguf(tmp_path)
+    for path in (*paths, tmp_path):
+        source = formats.open(path)
+        assert source.config == config
+        loaded = source.load_weights(dtype=torch.float32)
+        assert loaded.keys() == weights.keys()
+        assert all(torch.equal(loaded[name], weights[name]) for name in weights)
+
+
+def test_parts_that_are_missing_or_of_another_model_are_named(tmp_path):
+    _, _, paths = split_gguf(tmp_path)
+    paths[1].rename(tmp_path / "aside")
+    refused(paths[0], f"{paths[1]}: is missing, which is a part of the model")
+    shutil.copy(paths[2], paths[1])
+    refused(paths[0], f"{paths[1]}: is not the part 2 of the model")
+    small_gguf(paths[1])
+    refused(paths[0], f"{paths[1]}: is not the part 2 of the model")
+    (tmp_path / "aside").rename(paths[1])
+    (tmp_path / "other").mkdir()
+    _, _, others = split_gguf(tmp_path / "other", n=2)
+    refused(others[0].rename(tmp_path / "small.gguf"), "it says that it is one of 2 files")
+    small_gguf(tmp_path / "b.gguf")
+    refused(tmp_path, "found several GGUF files")
 
 
 # --- what is refused ------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import apart, compressed
-from other_formats import KINDS, SCALING, SIZES, TOKENS, hf_model, logits_of, refused
+from other_formats import KINDS, SCALING, SIZES, TOKENS, YARN, hf_model, logits_of, refused
 from safetensors.torch import load_file, save_file
 
 import formats
@@ -147,6 +147,91 @@ def test_what_config_json_leaves_out_is_transformers_default(folder):
 
 
 # --- memory ---------------------------------------------------------------------------------------
+
+
+SCALINGS = {
+    "linear": {"rope_type": "linear", "factor": 2.5},
+    "older name": {"type": "linear", "factor": 2.5},
+    "llama3": SCALING,
+    "llama3 of the whole context": {
+        key: SCALING[key] for key in SCALING if key != "original_max_position_embeddings"
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    "yarn of the whole context": {"rope_type": "yarn", "factor": 4.0},
+    "yarn, its own factor": YARN | {"attention_factor": 0.8},
+    "yarn, two scales": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5},
+    "yarn, other turns": YARN | {"beta_fast": 8.0, "beta_slow": 0.5, "truncate": False},
+    "yarn, all waves": YARN | {"beta_fast": 1e-4, "beta_slow": 1e-5},
+}
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_scaled_rope_is_that_of_transformers(folder, key, scaling):
+    """As it reads this file: what is added as rope_scaling counts before rope_parameters."""
+    import transformers
+
+    change = {key: SCALINGS[scaling]}
+    if key == "rope_scaling":
+        change |= {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+    change_config(folder, change)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert_same_logits(folder, logits_of(model))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sliding_window": None},
+        {"sliding_window": 256},
+        {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 9},
+        {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 9}
+        | {"layer_types": None, "max_window_layers": 2},
+    ],
+    ids=str,
+)
+def test_a_sliding_window_that_is_not_in_use_is_nothing(tmp_path, saved, change):
+    kind = "qwen2" if "model_type" in change else "mistral"
+    folder = shutil.copytree(saved(kind), tmp_path / "hf")
+    change_config(folder, change)
+    assert_same_logits(folder, logits_of(hf_model(kind)))
+
+
+def test_norms_of_heads_are_there_in_all_layers_or_in_none(tmp_path, saved):
+
+    folder = shutil.copytree(saved("qwen3"), tmp_path / "hf")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.self_attn.k_norm.weight"]
+    save_file(weights, folder / "model.safetensors")
+    refused(folder, "model.layers.1.self_attn.k_norm.weight is missing")
+    change_config(folder, {"model_type": "llama"})
+    refused(folder, "model.layers.0.self_attn.q_norm.weight is there, which contradicts llama")
+
+
+def test_a_params_json_beside_it_and_an_adapter_are_no_obstacle(tmp_path, saved):
+    folder = shutil.copytree(saved("llama"), tmp_path / "hf")
+    (folder / "params.json").write_text("{}")
+    assert formats.open(folder).found.startswith("Hugging Face, llama, 2 layers")
+    (folder / "adapter_config.json").write_text("{}")
+    assert formats.open(folder).found.endswith(", without its adapter")
+
+
+def test_the_hubs_names_and_its_cache_are_told_what_to_name(tmp_path, saved, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = refused("meta-llama/Llama-3.2-1B", "no such folder")
+    assert "hf download meta-llama/Llama-3.2-1B --local-dir Llama-3.2-1B" in line
+    cache = tmp_path / "models--a--b"
+    shutil.copytree(saved("llama"), cache / "snapshots" / "0123abc")
+    refused(cache, f"name a folder in its snapshots: {cache / 'snapshots' / '0123abc'}")
+    assert formats.open(cache / "snapshots" / "0123abc").config.dim == 32
+
+
+def test_a_type_of_numbers_that_is_not_known_is_named_by_the_files_own_names(folder):
+
+    weights, name = load_file(folder / "model.safetensors"), "model.layers.0.mlp.up_proj.weight"
+    weights[name] = weights[name].to(torch.float8_e4m3fn)
+    save_file(weights, folder / "model.safetensors")
+    refused(folder, f"{name} is of type F8_E4M3, expected F32, F16, BF16")
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
