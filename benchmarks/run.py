@@ -245,19 +245,17 @@ def seconds(function: Callable, *arguments: object) -> float:
     return time.perf_counter() - start
 
 
-def machine(device: torch.device) -> dict:
+def machine(device: torch.device, dtype: torch.dtype) -> dict:
     """What the machine can do at best: bytes read and floating-point operations, a second."""
     numbers = torch.ones(2**28, device=device)
     read = min(seconds(lambda: numbers.sum().item()) for _ in range(5))
-    a = torch.randn(2048, 2048, device=device)
-    b = a.bfloat16()
-    rates = {}
-    for name, matrix in (("float32", a), ("bfloat16", b)):
+    matrix = torch.randn(2048, 2048, device=device).to(dtype)
 
-        def multiply(matrix: torch.Tensor = matrix) -> None:
-            (matrix @ matrix)[0, 0].item()
+    def multiply() -> None:
+        (matrix @ matrix)[0, 0].item()
 
-        rates[name] = 2 * 2048**3 / min(seconds(multiply) for _ in range(5))
+    name = str(dtype).removeprefix("torch.")
+    rates = {name: 2 * 2048**3 / min(seconds(multiply) for _ in range(5))}
     return {"bytes_s": numbers.nbytes / read, "flop_s": rates}
 
 
@@ -412,7 +410,7 @@ def main() -> None:
             "dtype": computed,
             "load_s": seconds_of["load"],
             "build_s": seconds_of["build"],
-            "machine": machine(device),
+            "machine": machine(device, dtype),
             "model": {
                 "matrices": sum(math.prod(w.shape) for w in matrices),
                 "stored": sum(getattr(w, "raw", w).nbytes for w in matrices),
@@ -423,7 +421,7 @@ def main() -> None:
             "figures": take_turns(contestants, contexts, args.turns),
             "memory": {},
         }
-        after = machine(device)  # the limits are what it could do at best, before or after
+        after = machine(device, dtype)  # the limits are what it could do at best, before or after
         record["machine"]["bytes_s"] = max(record["machine"]["bytes_s"], after["bytes_s"])
         for name, rate in after["flop_s"].items():
             record["machine"]["flop_s"][name] = max(record["machine"]["flop_s"][name], rate)

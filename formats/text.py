@@ -91,7 +91,9 @@ class FileTokenizer:
         self.special = _any_of(self.special_tokens)
         self.turns = _any_of(self.special_tokens.keys() & turns)
         decoder = json.dumps(self.content.get("decoder"))
-        self.in_bytes, self.begins_with_space = "ByteLevel" in decoder, '"Strip"' in decoder
+        self.in_bytes = "ByteLevel" in decoder
+        metaspace = '"Metaspace"' in decoder and '"never"' not in decoder
+        self.begins_with_space = '"Strip"' in decoder or metaspace
         first, bare = (self.rules.encode("a", add_special_tokens=b).ids[:1] for b in (True, False))
         self.begin = self.rules.id_to_token(first[0]) if first != bare else None
 

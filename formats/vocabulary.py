@@ -153,9 +153,11 @@ def folder_tokenizer(folder: Path, rows: int) -> tokenizer_setup.Tokenizer | Fil
         number = numbers[name]
         entries[number] = entries.get(number, added(name, number)) | {"special": True}
     content["added_tokens"] = [*entries.values()]
-    begins = settings.get("add_bos_token", not content.get("post_processor") and is_llama)
-    if begins or not content.get("post_processor"):
-        content = begun_by(content, named.get("bos_token") if begins else None, None)
+    processor, bos = content.get("post_processor"), named.get("bos_token")
+    if not settings.get("add_bos_token", is_llama and not processor):
+        bos = None
+    if not processor or (bos and json.dumps(bos) not in json.dumps(processor)):
+        content = begun_by(content, bos, None)
 
     ends = [named.get("eos_token")]
     for found in (optional("generation_config.json"), config):
@@ -204,8 +206,9 @@ def gguf_tokenizer(path: Path, fields: Mapping[str, Any], rows: int) -> FileToke
     ids = ((key, field(f"{end}_token_id")) for key, end in GGUF_ENDS.items())
     names = {key: tokens[i] for key, i in ids if type(i) is int and 0 <= i < len(tokens)}
     if not kinds:
-        like_special = re.compile("<[|\uff5c].*[|\uff5c]>")
-        kinds = [3 if t in names.values() or like_special.fullmatch(t) else 1 for t in tokens]
+        special, byte = re.compile("<[|\uff5c].*[|\uff5c]>"), re.compile("<0x[0-9A-F]{2}>")
+        special = {*filter(special.fullmatch, tokens), *names.values()}
+        kinds = [3 if t in special else 6 if byte.fullmatch(t) else 1 for t in tokens]
     if len({*tokens}) < len(tokens) or len(kinds) != len(tokens):
         raise ValueError("its tokens are not one of each, or their types are as many")
     used = max((i for i, kind in enumerate(kinds, start=1) if kind != 5), default=0)

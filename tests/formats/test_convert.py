@@ -88,8 +88,10 @@ def test_metas_files_hold_the_same_config_and_weights(tmp_path, kind):
     weights, converted = source.load_weights(), llama3.load_weights(tmp_path / "meta", config)
     assert converted.keys() == weights.keys()
     assert all(torch.equal(converted[name], weights[name]) for name in weights)
-    logits = llama3.forward(TOKENS, converted, config)
-    assert apart(logits, logits_of(hf_model(kind))) < 1e-4
+    opened = formats.open(tmp_path / "meta").load_weights()
+    for weights in (converted, opened):
+        logits = llama3.forward(TOKENS, weights, config)
+        assert apart(logits, logits_of(hf_model(kind))) < 1e-4
 
 
 def test_a_gguf_file_keeps_its_types_but_for_quantized_ones(tmp_path, demo_config, demo_weights):

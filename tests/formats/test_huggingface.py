@@ -68,7 +68,7 @@ def test_logits_and_greedy_tokens_equal_those_of_transformers(saved, kind):
     assert new == after.argmax(-1).tolist()
 
 
-@pytest.mark.parametrize("kind", ["qwen2, tied", "biases everywhere"])
+@pytest.mark.parametrize("kind", ["qwen2, tied", "biases everywhere", "qwen3", "mistral"])
 def test_a_model_in_several_files_is_one_model(saved, kind):
     assert_same_logits(saved(kind, sharded=True), logits_of(hf_model(kind)))
 

@@ -195,6 +195,15 @@ def test_vocabularies_with_byte_fallback_equal_those_of_transformers(tmp_path, f
         assert stream.replace("\ufffd", "") == theirs.decode(ids).replace("\ufffd", ""), text
 
 
+def test_a_decoder_of_its_own_is_obeyed(tmp_path):
+    content = fallback_content()
+    decoder = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always"}
+    theirs = write_folder(tmp_path, content | {"decoder": decoder}, {})
+    theirs, ours = their_tokenizer(theirs), our_tokenizer(tmp_path)
+    ids = encode(ours, " hello world", bos=False)
+    assert "".join(decode_stream(ours, ids)) == theirs.decode(ids) == " hello world"
+
+
 def trained_sentencepiece(**options):
     """The bytes of a sentencepiece model that is trained here."""
     model = io.BytesIO()
