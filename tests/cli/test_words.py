@@ -173,9 +173,9 @@ def test_what_is_really_built_is_right(tmp_path, monkeypatch):
     if build.compiler() is None:
         pytest.skip("no C++ compiler is at hand")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    raw, dense = random_blocks("Q6_K", 70, 768)
+    raw, dense = random_blocks("Q4_K", 70, 768)
     with torch.inference_mode():
-        m = words.repacked(Blocks(raw, "Q6_K"))
+        m = words.repacked(Blocks(raw, "Q4_K"))
         run = build.build(step.matrix_part(m, torch.float32))
         x = torch.randn(1, 1, 768)
         expected = x.double() @ dense.double().T
