@@ -79,15 +79,16 @@ class Chat:
             note(f"the context is full: {turns} dropped")
         stop, message, pieces = tokenizer_setup.stop_tokens(tokenizer), {"role": "assistant"}, []
         special, ended = tokenizer.special_tokens, []
+        metas = isinstance(tokenizer, tokenizer_setup.Tokenizer)  # others' templates know no flags
         # The end of an answer is looked for here: what it is, is saved with the message.
         steps = self.model.steps([prompt], self.weights, session=self.session, stop_tokens=())
 
         def tokens() -> Iterator[int]:
             for n, (chosen, _) in enumerate(timed(steps, self.times)):
                 token = chosen.item()
-                if n == 0 and token == special.get("<|python_tag|>"):
+                if n == 0 and token == special.get("<|python_tag|>") and metas:
                     message["python_tag"] = True
-                if token == special.get("<|eom_id|>"):  # a tool call, whose result is next
+                if token == special.get("<|eom_id|>") and metas:  # a tool call, its result is next
                     message["stop_reason"] = "end_of_message"
                 if token in stop:
                     ended.append(token)
@@ -152,7 +153,7 @@ class Chat:
             raise UsageError(f"{path}: found no conversation: {one_line(error)}") from None
         self.messages = [dict(message) for message in messages]
         first = self.messages[0] if self.messages else {}
-        self.system = first["content"] if first.get("role") == "system" else None
+        self.system = first.get("content") if first.get("role") == "system" else None
         note(f"loaded {len(self.messages)} messages from {path}")
 
 

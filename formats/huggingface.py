@@ -139,7 +139,7 @@ FAMILIES = {  # and transformers' defaults where they are not those of params.js
 
 def refuse_window(path: Path, config: dict[str, Any], used: llama3.Config) -> None:
     """Raise CheckpointError if some layers attend to fewer positions than the context has."""
-    default = 4096 if config["model_type"] == "mistral" else None
+    default = 4096 if config["model_type"] in ("mistral", "qwen2", "qwen3") else None
     window, types = config.get("sliding_window", default), config.get("layer_types")
     if config["model_type"] in ("qwen2", "qwen3"):
         later = config.get("max_window_layers", 28) < used.n_layers  # the layers that have it

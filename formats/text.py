@@ -16,6 +16,8 @@ from formats.errors import one_line
 
 MARK = "\ufdd0"  # never a character: it stands in the names of special tokens that a text spells
 Content = dict[str, Any]  # what a tokenizer.json has
+DECODERS = {"ByteLevel", "ByteFallback", "Fuse", "Metaspace", "Replace", "Sequence", "Strip"}
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -74,9 +76,12 @@ class FileTokenizer:
         for name, entry in entries.items():
             if self.rules.token_to_id(name) != entry["id"]:
                 raise ValueError(f"{one_line(repr(name), 40)} cannot have the id {entry['id']}")
+        decoder = json.dumps(self.content.get("decoder"))
+        if unknown := {*re.findall(r'"type": "(\w+)"', decoder)} - DECODERS:
+            raise ValueError(f"its decoder is {min(unknown)}, expected some of {sorted(DECODERS)}")
         numbers = numbers_of(self.content)
         self.n_vocab = max(numbers.values(), default=0) + 1
-        self.names = {key: name for key, name in names.items() if isinstance(name, str)}
+        self.names = {key: name for key, name in names.items() if name and isinstance(name, str)}
         written, after = self._example()
         ids = {numbers.get(end) if isinstance(end, str) else end for end in ends}
         ids |= {*after[:1]} & {entry["id"] for entry in entries.values()}
@@ -90,12 +95,14 @@ class FileTokenizer:
         turns |= {name for name, number in numbers.items() if number in written}
         self.special = _any_of(self.special_tokens)
         self.turns = _any_of(self.special_tokens.keys() & turns)
-        decoder = json.dumps(self.content.get("decoder"))
+        self.normalized = any(entries[name]["normalized"] for name in self.special_tokens)
         self.in_bytes = "ByteLevel" in decoder
         metaspace = '"Metaspace"' in decoder and '"never"' not in decoder
         self.begins_with_space = '"Strip"' in decoder or metaspace
-        first, bare = (self.rules.encode("a", add_special_tokens=b).ids[:1] for b in (True, False))
-        self.begin = self.rules.id_to_token(first[0]) if first != bare else None
+        bare, whole = self._encoded(self.rules, "a"), self._encoded(self.rules, "a", True)
+        if max(whole, default=0) >= max(rows, self.n_vocab):
+            raise ValueError(f"it puts the token {max(whole)} around a text, which is not there")
+        self.begin = self.rules.id_to_token(whole[0]) if whole[:1] != bare[:1] else None
 
     def _example(self) -> tuple[set[int], list[int]]:
         """The tokens that the template writes in a dialog, and those after an answer, in order."""
@@ -105,10 +112,13 @@ class FileTokenizer:
         except Exception:  # without a template, or one that says why when it is used
             return set(), []
         before, _, after = text.partition(MARK)
-        before, after = (
-            self.rules.encode(t, add_special_tokens=False).ids for t in (before, after.lstrip())
-        )
-        return {*before, *after}, after
+        after = self._encoded(self.rules, after.lstrip())
+        return {*self._encoded(self.rules, before), *after}, after
+
+    @staticmethod
+    def _encoded(rules: Any, text: str, ends: bool = False) -> list[int]:
+        """The ids of a text by some rules, with what the post-processor puts around it or not."""
+        return _safely(functools.partial(rules.encode, add_special_tokens=ends), text).ids
 
     @functools.cached_property
     def plain_rules(self) -> Any:
@@ -121,11 +131,30 @@ class FileTokenizer:
         normalizer = {"type": "Sequence", "normalizers": steps}
         return _rules(self.content | {"added_tokens": entries, "normalizer": normalizer})
 
-    def ids(self, text: str, bos: bool = False) -> list[int]:
-        """The tokens of a text whose special tokens are those, but for names with MARK in them."""
+    @functools.cached_property
+    def cut_rules(self) -> Any:
+        """The same where the model itself would make a special token of a name's characters."""
+        split = {"type": "Split", "pattern": {"String": MARK}, "invert": False}
+        steps = [split | {"behavior": "Removed"}]
+        steps += [self.content["pre_tokenizer"]] if self.content.get("pre_tokenizer") else []
+        return _rules(
+            self.content | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}
+        )
+
+    def ids(self, text: str, bos: bool = False, plain: bool = False) -> list[int]:
+        """The tokens of a text whose special tokens are those, but for names with MARK in them.
+
+        plain: whether it has none, not even after it is normalized.
+        """
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        rules = self.plain_rules if MARK in text else self.rules
-        return rules.encode(text, add_special_tokens=bos).ids
+        if MARK not in text and not (plain and self.normalized):
+            return self._encoded(self.rules, text, bos)
+        found = self._encoded(self.plain_rules, text, bos)
+        if MARK in text:
+            due = self._encoded(self.rules, text, bos)  # where MARK still separates
+            here, there = (sum(i in self.special_tokens.values() for i in t) for t in (found, due))
+            found = self._encoded(self.cut_rules, text, bos) if here > there else found
+        return found
 
     def decode_single_token_bytes(self, token: int) -> bytes:
         """What a token stands for, as tiktoken's method of this name has it."""
@@ -137,6 +166,16 @@ class FileTokenizer:
         return bytes.fromhex(byte[1]) if byte else spelled.replace("▁", " ").encode()
 
 
+def _safely(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function of the tokenizers package returns. ValueError, also where it panics."""
+    try:
+        return function(*arguments)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # as which Rust's panics come
+        raise ValueError(one_line(error)) from None
+
+
 def _any_of(names: Iterable[str]) -> re.Pattern:
     """A pattern that finds each of some names, a longer one before those within it."""
     return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
@@ -146,10 +185,7 @@ def _rules(content: Content) -> Any:
     """The tokenizers package's Tokenizer of a tokenizer.json. Raises ValueError."""
     from tokenizers import Tokenizer
 
-    try:
-        return Tokenizer.from_str(json.dumps(content))
-    except Exception as error:  # it raises no other
-        raise ValueError(one_line(error)) from None
+    return _safely(Tokenizer.from_str, json.dumps(content))
 
 
 def marked(value: Any, names: re.Pattern) -> Any:
@@ -157,13 +193,23 @@ def marked(value: Any, names: re.Pattern) -> Any:
     if isinstance(value, str):
         return names.sub(lambda name: MARK.join(name[0]), value)
     if isinstance(value, Mapping):
-        return {key: marked(inner, names) for key, inner in value.items() if inner is not None}
+        return {marked(key, names): marked(inner, names) for key, inner in value.items()}
     return [marked(inner, names) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def with_thoughts(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message as templates get it in transformers: without None, a thought by all its names."""
+    message = {key: value for key, value in message.items() if value is not None}
+    thought = next((message[key] for key in THOUGHTS if key in message), None)
+    if thought is None:
+        return message
+    return {"thinking": thought, **message, "reasoning_content": thought}
 
 
 @tokenizer_setup.encode.register
 def _(tokenizer: FileTokenizer, text: str, bos: bool = True, special: bool = False) -> list[int]:
-    return tokenizer.ids(text if special else marked(text, tokenizer.special), bos)
+    text = text if special else marked(text, tokenizer.special)
+    return tokenizer.ids(text, bos, plain=not special)
 
 
 @tokenizer_setup.stop_tokens.register
@@ -175,7 +221,7 @@ def _(tokenizer: FileTokenizer) -> frozenset[int]:
 def _(tokenizer: FileTokenizer, messages: Iterable[dict[str, Any]]) -> list[int]:
     if isinstance(tokenizer.render, str):
         raise ValueError(tokenizer.render)
-    messages = tokenizer_setup.check_messages(messages, others=True)
+    messages = [*map(with_thoughts, tokenizer_setup.check_messages(messages, others=True))]
     # Other special tokens in what the model said, such as those around its thoughts, are its own.
     names = (tokenizer.turns if m["role"] == "assistant" else tokenizer.special for m in messages)
     try:
@@ -197,8 +243,15 @@ def compiled(template: object) -> Callable[..., str] | str:
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    def tojson(value: Any, **options: Any) -> str:
-        return json.dumps(value, **{"ensure_ascii": False} | options)
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        options = {"separators": separators, "sort_keys": sort_keys}
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
 
     # transformers marks what an assistant says by a tag of its own, which is nothing here.
     template = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", template)

@@ -144,17 +144,19 @@ def folder_tokenizer(folder: Path, rows: int) -> tokenizer_setup.Tokenizer | Fil
         entries.setdefault(number, added(name, number, special=False))
     for number, token in (settings.get("added_tokens_decoder") or {}).items():
         entries[int(number)] = added(token["content"], int(number)) | token
-    lists = (settings.get(f"{kind}_special_tokens") for kind in ("additional", "extra"))
-    more = [t.get("content") if isinstance(t, dict) else t for found in lists for t in found or ()]
+    extra = settings.get("extra_special_tokens") or ()
+    extra = extra.values() if isinstance(extra, dict) else extra
+    more = [*(settings.get("additional_special_tokens") or ()), *extra]
+    more = [token.get("content") if isinstance(token, dict) else token for token in more]
     numbers = numbers_of(content | {"added_tokens": [*entries.values()]})
-    for name in (name for name in [*named.values(), *more] if isinstance(name, str)):
+    for name in (name for name in [*named.values(), *more] if name and isinstance(name, str)):
         if name not in numbers:
             numbers[name] = max(numbers.values(), default=-1) + 1
         number = numbers[name]
         entries[number] = entries.get(number, added(name, number)) | {"special": True}
     content["added_tokens"] = [*entries.values()]
     processor, bos = content.get("post_processor"), named.get("bos_token")
-    if not settings.get("add_bos_token", is_llama and not processor):
+    if not settings.get("add_bos_token", is_llama and not (folder / "tokenizer.json").is_file()):
         bos = None
     if not processor or (bos and json.dumps(bos) not in json.dumps(processor)):
         content = begun_by(content, bos, None)
@@ -203,7 +205,8 @@ def gguf_tokenizer(path: Path, fields: Mapping[str, Any], rows: int) -> FileToke
     if model not in ("gpt2", "llama"):
         problem = f"its tokenizer is {quoted(model)}, expected byte-level or sentencepiece BPE"
         raise CheckpointError(path, f"{problem}; {NO_TOKENIZER}")
-    ids = ((key, field(f"{end}_token_id")) for key, end in GGUF_ENDS.items())
+    usual = {"bos": 1, "eos": 2, "unknown": 0} if model == "llama" else {}
+    ids = ((key, field(f"{end}_token_id", usual.get(end))) for key, end in GGUF_ENDS.items())
     names = {key: tokens[i] for key, i in ids if type(i) is int and 0 <= i < len(tokens)}
     if not kinds:
         special, byte = re.compile("<[|\uff5c].*[|\uff5c]>"), re.compile("<0x[0-9A-F]{2}>")
@@ -234,6 +237,6 @@ def gguf_tokenizer(path: Path, fields: Mapping[str, Any], rows: int) -> FileToke
         begins = GGUF_SPLITS[pre][2:] == (True,)
     bos = names.get("bos_token") if field("add_bos_token", begins) else None
     eos = names.get("eos_token") if field("add_eos_token", False) else None
-    ends = [field(f"{end}_token_id") for end in ("eos", "eot", "eom")]
+    ends = [names.get("eos_token"), *(field(f"{end}_token_id") for end in ("eos", "eot", "eom"))]
     template = fields.get("tokenizer.chat_template")
     return FileTokenizer(begun_by(content, bos, eos), rows, names, ends, template)

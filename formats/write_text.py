@@ -5,7 +5,7 @@ import json
 import tokenizer_setup
 from formats.text import BYTE_OF, FileTokenizer, added
 from formats.vocabulary import begun_by, byte_level
-from tokenizer_setup import SPLIT_PATTERN
+from tokenizer_setup import SPLIT_PATTERN, encode_dialog, stop_tokens
 
 CHAT_TEMPLATE = (  # Llama 3's
     "{{ bos_token }}{% for message in messages %}<|start_header_id|>"
@@ -32,37 +32,29 @@ def llama3_ranks(tokenizer: tokenizer_setup.Tokenizer | FileTokenizer) -> dict[b
     """The ranks of Llama 3's tokenizer, if it is that, with dialogs as Meta writes them."""
     if isinstance(tokenizer, tokenizer_setup.Tokenizer):
         return tokenizer._mergeable_ranks
-    content, special = tokenizer.content, tokenizer.special_tokens
-    if content["model"].get("type") != "BPE":
-        return None
-    model, entries = content["model"], content["added_tokens"]
-    spelled = model["vocab"].keys() - {token["content"] for token in entries}
-    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
-    order = [model["vocab"].get(left + right, -1) for left, right in pairs]
-    steps = content.get("pre_tokenizer") or {}
-    patterns = [
-        step["pattern"].get("Regex")
-        for step in steps.get("pretokenizers", [steps])
-        if step.get("type") == "Split"
-    ]
+    content, special, encode = tokenizer.content, tokenizer.special_tokens, encode_dialog
     dialog = [{"role": role, "content": role} for role in ("system", "user", "assistant", "user")]
+    vocab, merges = content["model"]["vocab"], content["model"].get("merges", ())
     try:
-        ranks = {bytes(BYTE_OF[c] for c in token): model["vocab"][token] for token in spelled}
+        ranks = {bytes(BYTE_OF[c] for c in t): vocab[t] for t in vocab if t not in special}
         metas = tokenizer_setup.make_tokenizer("", ranks)
+        made = [
+            merge.replace(" ", "", 1) if isinstance(merge, str) else "".join(merge)
+            for merge in merges
+        ]
+        order = [vocab[token] for token in made]
         same = isinstance(tokenizer.render, str) or all(
-            tokenizer_setup.encode_dialog(tokenizer, d) == tokenizer_setup.encode_dialog(metas, d)
-            for d in (dialog, dialog[1:2])
+            encode(tokenizer, d) == encode(metas, d) for d in (dialog, dialog[1:2])
         )
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):  # of a vocabulary of another kind
         return None
     # Only the names of reserved tokens may differ.
     named = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|eot_id|>")
     same &= all(special.get(name) == metas.special_tokens[name] for name in named)
-    same &= {*special.values()} == {*metas.special_tokens.values()}
-    same &= tokenizer.stop <= tokenizer_setup.stop_tokens(metas) and order == sorted(order)
-    same &= patterns == [SPLIT_PATTERN] and not content.get("normalizer")
-    same &= tokenizer.begin == metas.begin and len(special) == len(entries)
-    return ranks if same else None
+    same &= sorted(special.values()) == sorted(metas.special_tokens.values())
+    same &= tokenizer.stop <= stop_tokens(metas) and order == sorted(order)
+    same &= json.dumps(SPLIT_PATTERN) in json.dumps(content["pre_tokenizer"])
+    return ranks if same and not content["normalizer"] and tokenizer.begin == metas.begin else None
 
 
 def as_files(tokenizer: tokenizer_setup.Tokenizer | FileTokenizer) -> FileTokenizer:
@@ -85,7 +77,7 @@ def tokenizer_files(tokenizer: FileTokenizer) -> dict[str, dict[str, object]]:
         settings["chat_template"] = tokenizer.template
     ids = {"eos_token_id": sorted(tokenizer.stop)}
     if tokenizer.begin:
-        ids["bos_token_id"] = tokenizer.special_tokens[tokenizer.begin]
+        ids["bos_token_id"] = tokenizer.rules.token_to_id(tokenizer.begin)
     return {
         "tokenizer.json": json.loads(tokenizer.rules.to_str()),
         "tokenizer_config.json": settings,

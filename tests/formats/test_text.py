@@ -462,6 +462,36 @@ def test_names_within_names_are_no_special_tokens_either(tmp_path):
         assert "".join(decode_stream(ours, ids)) == text
 
 
+def test_no_vocabulary_and_no_normalizer_makes_a_special_token_of_a_text(tmp_path):
+    """Whole words that are looked up, pieces of any length, and characters that are the same."""
+    letters = [[letter, -3.0] for letter in "abcd</s>\u2581"]
+    unigram = {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["</s>", 0.0], *letters]}
+    words = {"type": "WordLevel", "unk_token": "a", "vocab": {"a": 0, "[END]": 1, "b": 2}}
+    whole = content_of("llama3")
+    whole["model"] |= {"vocab": whole["model"]["vocab"] | {"END": 500}}
+    entry = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    base = {"normalizer": None, "pre_tokenizer": None, "decoder": None, "post_processor": None}
+    split = {"pre_tokenizer": {"type": "WhitespaceSplit"}}
+    nfkc = content_of("qwen2") | {"normalizer": {"type": "NFKC"}}
+    for token in nfkc["added_tokens"]:
+        token["normalized"] = True
+    for i, (content, name, number, text) in enumerate(
+        (
+            (base | {"model": unigram}, "</s>", 1, "ab</s>cd"),
+            (base | {"model": words} | split, "[END]", 1, "a [END] b"),
+            (whole, "END", 500, "END"),
+            (nfkc, "<|im_end|>", 1, "a\uff1c|im_end|\uff1eb"),
+        )
+    ):
+        if content is not nfkc:
+            special = entry | {"id": number, "content": name, "special": True}
+            content["added_tokens"] = [*content.get("added_tokens", ()), special]
+        ours = our_tokenizer(write_folder(tmp_path / str(i), content, {"eos_token": name}))
+        assert stop_tokens(ours) == {number}
+        assert number not in encode(ours, text), text
+        assert number in encode(ours, name, special=True)
+
+
 # --- chat templates -------------------------------------------------------------------------------
 
 TURN = "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}"
@@ -612,6 +642,20 @@ def test_what_the_model_said_may_hold_special_tokens_of_its_own(tmp_path):
     assert not {*ids} & {ours.rules.token_to_id(tag) for tag in tags}
 
 
+def test_calls_and_thoughts_are_passed_to_the_template_as_transformers_does(tmp_path):
+    expected = trained_tokenizer("qwen2")
+    expected.add_special_tokens({"eos_token": "<|im_end|>"})
+    expected.chat_template = EACH + "{{ m | tojson(true, 2) }}{{ m.reasoning_content }}{% endfor %}"
+    expected.save_pretrained(tmp_path)
+    ours = our_tokenizer(tmp_path)
+    calls = [{"function": {"name": "f", "arguments": {"x": None, "y": [1, {"z": "\u00fc"}]}}}]
+    said = {"role": "assistant", "content": None, "tool_calls": calls, "reasoning": "hm"}
+    ids = expected.apply_chat_template([USER, said])["input_ids"]
+    assert encode_dialog(ours, [USER, said]) == ids
+    calls[0]["function"]["arguments"] = {"<|im_end|>": "<|im_end|>"}
+    assert not {*encode_dialog(ours, [said])} & stop_tokens(ours)
+
+
 def test_messages_without_a_content_are_left_to_the_template(tmp_path):
     template = EACH + "{% if m.content is defined %}" + TURN + "{% else %}{{ m.calls | tojson }}"
     settings = {"chat_template": template + "{% endif %}{% endfor %}"}
@@ -713,6 +757,21 @@ def test_a_generation_ends_at_each_token_that_a_file_names(tmp_path):
         ({"added_tokens": [{"id": 0}]}, ""),
         ({"added_tokens": [{"id": "0", "content": "x"}]}, ""),
         ({"added_tokens": [{"id": 0, "content": None}]}, ""),
+        ({"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}}, "WordPiece"),
+        # Where the package panics:
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}, ""),
+        ({"pre_tokenizer": {"type": "FixedLength", "length": 0}}, ""),
+        (
+            {
+                "post_processor": {
+                    "type": "TemplateProcessing",
+                    "single": [{"SpecialToken": {"id": "x", "type_id": 0}}],
+                    "pair": [],
+                    "special_tokens": {"x": {"id": "x", "ids": [9999], "tokens": ["x"]}},
+                }
+            },
+            "it puts the token 9999 around a text, which is not there",
+        ),
     ],
     ids=str,
 )
