@@ -70,6 +70,11 @@ class FileTokenizer:
         for number in {*range(max(ids, default=0))} - ids:  # the package numbers without gaps
             entries[f"<|unused_{number}|>"] = added(f"<|unused_{number}|>", number)
         entries = dict(sorted(entries.items(), key=lambda entry: entry[1]["id"]))
+        for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+            if content["model"].get(key):
+                raise ValueError(
+                    f"its {key} is {one_line(repr(content['model'][key]), 40)}, expected none"
+                )
         none = dict.fromkeys(("truncation", "padding"))
         self.content = content | none | {"added_tokens": [*entries.values()]}
         self.rules, self.template, self.render = _rules(self.content), template, compiled(template)

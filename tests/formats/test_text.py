@@ -758,6 +758,7 @@ def test_a_generation_ends_at_each_token_that_a_file_names(tmp_path):
         ({"added_tokens": [{"id": "0", "content": "x"}]}, ""),
         ({"added_tokens": [{"id": 0, "content": None}]}, ""),
         ({"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}}, "WordPiece"),
+        ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [], "dropout": 0.1}}, "dropout is"),
         # Where the package panics:
         ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}, ""),
         ({"pre_tokenizer": {"type": "FixedLength", "length": 0}}, ""),
