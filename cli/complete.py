@@ -68,11 +68,7 @@ def complete(args: argparse.Namespace) -> int:
         if spelled and not args.special:
             found = f'the prompt contains "{spelled[0]}", which is treated as plain text'
             note(f"{found}; --special reads it as a special token")
-        bos = not (args.special and tokenizer.begin and prompt.startswith(tokenizer.begin))
-        try:
-            encoded.append(tokenizer_setup.encode(tokenizer, prompt, bos, args.special))
-        except ValueError as error:
-            raise UsageError(f"the model's tokenizer cannot encode it: {error}") from None
+        encoded.append(model.encode(prompt, args.special))
         if not encoded[-1]:
             raise UsageError("the prompt is empty, and this model has no token that begins a text")
     n_prompt = max(map(len, encoded))

@@ -19,7 +19,7 @@ from cli.step import with_built_steps
 from cli.words import expanded
 from formats.errors import one_line
 from formats.source import Source
-from tokenizer_setup import Tokenizer, stop_tokens
+from tokenizer_setup import Tokenizer, encode, stop_tokens
 
 DEMO_DIR = Path(__file__).resolve().parent.parent / "demo"
 
@@ -79,6 +79,18 @@ class Model(NamedTuple):
     config: llama3.Config  # of what this rank computes, with the context that was asked for
     tokenizer: Tokenizer
     device: torch.device
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """The tokens of a text, after the one that begins a text. Raises UsageError.
+
+        special: whether it may spell special tokens, also that one.
+        """
+        begin = self.tokenizer.begin
+        bos = not (special and begin and text.startswith(begin))
+        try:
+            return encode(self.tokenizer, text, bos, special)
+        except ValueError as error:  # a vocabulary that has no token for some characters
+            raise UsageError(f"the model's tokenizer cannot encode a text: {error}") from None
 
     def load(self, prompt: int, new: int, batch: int = 1) -> llama3.Weights:
         """The weights, to compute with; UsageError if there is no memory for so many tokens."""

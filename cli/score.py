@@ -10,7 +10,6 @@ import torch
 from tqdm import tqdm
 
 import llama3
-import tokenizer_setup
 from cli import ranks
 from cli.messages import UsageError, note, say_stats, stream
 from cli.model import open_model
@@ -63,7 +62,7 @@ def score(args: argparse.Namespace) -> int:
     documents = [text]
     if args.by_line:
         documents = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
-    encoded = [tokenizer_setup.encode(tokenizer, document) for document in documents]
+    encoded = [model.encode(document) for document in documents]
     longest, overlap = max(map(len, encoded)), f"{window} that overlap by {window // 2}"
     if longest > window:
         note(f"texts of up to {longest} tokens are read in windows of {overlap}")

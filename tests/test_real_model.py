@@ -135,7 +135,8 @@ def test_it_knows_the_capital_of_france(source, weights):
         max_new_tokens=20,
         stop_tokens=tokenizer_setup.stop_tokens(tokenizer),
     )
-    assert tokenizer.decode([*answer]) == "The capital of France is Paris."
+    text = "".join(tokenizer_setup.decode_stream(tokenizer, answer))
+    assert text == "The capital of France is Paris."
 
 
 def test_the_readme_shows_what_it_says(path, capsys):
