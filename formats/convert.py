@@ -38,8 +38,8 @@ SHARD_BYTES = 2**31  # of one safetensors file, as it is in memory while it is w
 
 def params_of(config: llama3.Config) -> dict[str, object]:
     """The params.json of a config: what follows from the rest is left out."""
-    params = dict(zip(config._fields[:-1], config, strict=False))
-    params |= {"use_scaled_rope": config.rope_scaling_factor is not None or None}
+    params = config._asdict() | {"use_scaled_rope": config.rope_scaling_factor is not None or None}
+    del params["rope_attention_factor"]
     for multiple_of, multiplier in FFN_FORMULAS:
         meta = {"multiple_of": multiple_of, "ffn_dim_multiplier": multiplier, "ffn_dim": None}
         if llama3.config_from_params(params | meta) == config:

@@ -193,10 +193,8 @@ def open_huggingface(folder: Path) -> Source:
     params, biased = hf_params(path, raw)
     config, tensors = config_of(path, params, HF_KEYS), hf_tensors(folder)
     tensors = {name: t for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
-    family, tied = (
-        raw["model_type"],
-        raw.get("tie_word_embeddings", "lm_head.weight" not in tensors),
-    )
+    family = raw["model_type"]
+    tied = raw.get("tie_word_embeddings", "lm_head.weight" not in tensors)
     stored = in_metas_order(
         folder, family, config, tensors, to_metas_name, to_hf_name, tied, True, biased
     )

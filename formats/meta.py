@@ -114,8 +114,9 @@ def open_meta(folder: Path) -> Source:
         raise CheckpointError(path, error) from None
     stored, shapes = {}, llama3.weight_shapes(config)
     for name, parts in shards.items():
-        shape = shapes.get(name) or tuple(parts[0].shape)  # of a norm of heads
-        shape = shapes[f"{name[:-4]}weight"][:1] if name.endswith(".bias") else shape
+        of_head = tuple(parts[0].shape)  # of a norm of heads, which is whole in each file
+        bias = shapes[f"{name[:-4]}weight"][:1] if name.endswith(".bias") else None
+        shape = shapes.get(name) or bias or of_head
         load = functools.partial(list, parts)
         stored[name] = Stored(shape, parts[0].dtype, load, is_copy=len(parts) > 1)
     if shards["output.weight"][0].data_ptr() == shards["tok_embeddings.weight"][0].data_ptr():

@@ -64,11 +64,13 @@ class FileTokenizer:
         template: object,
     ) -> None:
         entries = {t["content"]: t for t in content["added_tokens"] if t["id"] < rows}
-        ids = {*numbers_of(content | {"added_tokens": [*entries.values()]}).values()}
+        numbers = numbers_of(content | {"added_tokens": [*entries.values()]})
+        ids = {*numbers.values()}
         if max(ids, default=0) > 2 * len(ids) + 1000:
             raise ValueError(f"its ids go up to {max(ids)}, with {len(ids)} tokens")
         for number in {*range(max(ids, default=0))} - ids:  # the package numbers without gaps
-            entries[f"<|unused_{number}|>"] = added(f"<|unused_{number}|>", number)
+            name = f"<|unused_{number}|>"
+            entries[name], numbers[name] = added(name, number), number
         entries = dict(sorted(entries.items(), key=lambda entry: entry[1]["id"]))
         for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
             if content["model"].get(key):
@@ -84,7 +86,6 @@ class FileTokenizer:
         decoder = json.dumps(self.content.get("decoder"))
         if unknown := {*re.findall(r'"type": "(\w+)"', decoder)} - DECODERS:
             raise ValueError(f"its decoder is {min(unknown)}, expected some of {sorted(DECODERS)}")
-        numbers = numbers_of(self.content)
         self.n_vocab = max(numbers.values(), default=0) + 1
         self.names = {key: name for key, name in names.items() if name and isinstance(name, str)}
         written, after = self._example()

@@ -80,16 +80,16 @@ def byte_level(
 
 def model_tokenizer(path: str | Path, rows: int) -> tokenizer_setup.Tokenizer | FileTokenizer:
     """The tokenizer in a tokenizer.model, Llama 3's or sentencepiece's. Raises CheckpointError."""
-    remote = "://" in str(path)
-    looks = "" if remote or not Path(path).is_file() else describe_file(read_file(Path(path), 4096))
+    file = None if "://" in str(path) else Path(path)
+    looks = describe_file(read_file(file, 4096)) if file and file.is_file() else ""
     try:
-        if not remote and Path(path).exists() and not Path(path).is_file():  # it may never end
+        if file and file.exists() and not file.is_file():  # it may never end
             raise ValueError("it is not a regular file")
         if "sentencepiece" not in looks:
             ranks = tokenizer_setup.read_vocabulary(path)
             return tokenizer_setup.make_tokenizer(Path(path).name, ranks)
         names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-        content = begun_by(sentencepiece(read_file(Path(path))), "<s>", None)
+        content = begun_by(sentencepiece(read_file(file)), "<s>", None)
         return FileTokenizer(content, rows, names, ["</s>"], None)
     except CheckpointError:
         raise
