@@ -1,47 +1,41 @@
-"""The pictures of the notebook: this file only draws, and nothing in it is needed to understand it.
+"""The pictures of the notebooks: this file only draws, and is not needed to understand them.
 
     figure, axes = figure_of(1, 2)   # what is drawn on
     show(figure, "what is to be seen in it, in one line")
 
-A picture is shown with that line under it. The output has its title and the line as alternative
-text too, for viewers that know of it.
-
-    python demo/pictures.py
-
-runs the notebook, stores its outputs in it, and writes the pictures of the README, which are those
-of the cells tagged "readme".
+A picture is shown with that line under it, and has its title and the line as alternative text.
+What is drawn from a Config alone is in diagrams.py.
 """
 
 import base64
+import html
 import io
 import math
-import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import matplotlib
+import numpy as np
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize, PowerNorm, SymLogNorm
 from matplotlib.figure import Figure
-from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Rectangle
+from matplotlib.lines import Line2D
+from matplotlib.patches import Circle
 from matplotlib.ticker import MaxNLocator, NullLocator
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-HERE = Path(__file__).resolve().parent
-if __name__ == "__main__":
-    sys.path.append(str(HERE.parent))
-
-from cli.plot import label_of  # noqa: E402
-from llama3 import Config  # noqa: E402
-from tokenizer_setup import Tokenizer  # noqa: E402
+from cli.plot import label_of
+from tokenizer_setup import Tokenizer
 
 BLUE, ORANGE, GRAY, LIGHT = "#2f6db3", "#d9772b", "#9aa5b1", "#eef2f6"
 HIDDEN = "#d5dade"  # what a mask hides
 PATTERN = {"cmap": "Blues", "norm": PowerNorm(0.5, 0, 1)}  # the root, to tell small weights apart
-PATTERN_TICKS = [0, 0.1, 0.3, 0.6, 1]
+PATTERN_TICKS, ROOTED = [0, 0.1, 0.3, 0.6, 1], " (colored by its root)"
 
 STYLE = {
     "axes.prop_cycle": matplotlib.cycler(color=[BLUE, ORANGE, GRAY]),
@@ -89,14 +83,25 @@ def title_of(figure: Figure) -> str:
 
 
 def show(figure: Figure, text: str) -> None:
-    """Show a figure in the notebook, and under it one line that says what is to be seen."""
+    """Show a figure in the notebook, and under it one line that says what is to be seen.
+
+    It is an HTML image, the only kind to which viewers give alternative text, of 200 dots an inch
+    and at most 128 colors, which takes a third of the bytes.
+    """
     from IPython.display import display
 
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
+    figure.set_dpi(200)
+    canvas, file, made_by = FigureCanvasAgg(figure), io.BytesIO(), PngInfo()
+    canvas.draw()
+    image = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba())
+    few_colors = image.convert("RGB").quantize(128, Image.Quantize.FASTOCTREE, dither=0)
+    made_by.add_text("Software", f"Matplotlib version{matplotlib.__version__}")
+    few_colors.save(file, format="png", optimize=True, pnginfo=made_by)
     title = title_of(figure).replace("\n", " ")
-    content = {"image/png": base64.b64encode(file.getvalue()).decode(), "text/plain": f"[{title}]"}
-    display(content, raw=True, metadata={"image/png": {"alt": f"{title}. {text}"}})
+    source = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    size = f'width="{image.width // 2}" style="max-width: 100%"'
+    tag = f'<img alt="{html.escape(f"{title}. {text}")}" {size} src="{source}">'
+    display({"text/html": tag, "text/plain": f"[{title}]"}, raw=True)
     print(text)
 
 
@@ -118,6 +123,7 @@ def name_tokens(axis: Axis, labels: Sequence[str], inches: float = 6) -> None:
     size = min(9, 60 * inches / len(labels))
     if size < 4:  # points: nobody could read them
         return whole_numbers(axis)
+    labels = [text if text.isalnum() or len(text) > 1 else f"“{text}”" for text in labels]
     upright = axis.axis_name == "x" and sum(map(len, labels)) * size > 80 * inches
     axis.set_ticks(range(len(labels)), labels, rotation=90 * upright, fontsize=size)
 
@@ -181,14 +187,16 @@ def attention(
         place = {"location": "bottom", "aspect": 30, "format": "%.2g"}
         figure.colorbar(image, ax=axes, label=what, ticks=ticks, **place).minorticks_off()
     name_tokens(panels[0].yaxis, labels, 1.9)
-    figure.suptitle(title + "\n")
+    scales = "colors: scores by sign, finer near 0; weights by their root, so that small ones show"
+    figure.suptitle(f"{title}\n")
+    figure.supxlabel(scales, fontsize=8, color="#555")
     return figure
 
 
 def heads(patterns: Tensor, labels: Sequence[str], title: str, group: int) -> Figure:
     """What the heads look at: patterns [n_heads, T, T], the first 32 of them."""
     shown = min(len(patterns), 32)
-    columns = min(shown, 4 if shown <= 8 else 8)
+    columns = min(shown, 4 if shown <= 8 else 3 if shown == 9 else 8)
     rows = math.ceil(shown / columns)
     side = 7 / columns
     size = (8, (side + 0.3) * rows + 1.7)
@@ -211,7 +219,7 @@ def heads(patterns: Tensor, labels: Sequence[str], title: str, group: int) -> Fi
         axes.label_outer(remove_inner_ticks=True)
     figure.suptitle(title)
     place = {"location": "bottom", "aspect": 60, "pad": 0.01}
-    figure.colorbar(image, ax=grid, label="attention weight", ticks=PATTERN_TICKS, **place)
+    figure.colorbar(image, ax=grid, label=f"attention weight{ROOTED}", ticks=PATTERN_TICKS, **place)
     return figure
 
 
@@ -224,185 +232,268 @@ def last_row(
     step = 1 + len(names) // 16
     axes.set_yticks(range(0, len(names), step), names[::step])
     name_tokens(axes.xaxis, labels)
-    axes.set(title=title, xlabel="key of token", ylabel=what)
+    axes.set(title=title, xlabel=f"key of token{ROOTED}", ylabel=what)
+    for y, x in (rows > 0.5).nonzero().tolist() if rows.numel() < 1000 else ():
+        weight = f"{rows[y, x]:.2f}"
+        axes.text(x, y, weight, ha="center", va="center", color="w", fontsize=7)
     figure.colorbar(image, ax=axes, label="attention weight", ticks=PATTERN_TICKS)
     return figure
 
 
-# --- tables ---------------------------------------------------------------------------------------
+def arrows(
+    before: Tensor, after: Tensor, places: Sequence[int], labels: Sequence[str], pairs: int = 4
+) -> Figure:
+    """The first pairs of two tokens' queries, complex [T, d / 2], before RoPE and after it."""
+    pairs = min(pairs, before.shape[1])
+    figure, panels = figure_of(1, pairs, size=(8, 3), squeeze=False)
+    same = labels[places[0]] == labels[places[1]]
+    whose = f"“{labels[places[0]]}” at {places[0]} and at {places[1]}"
+    if not same:
+        whose = " and ".join(f"“{labels[place]}” at {place}" for place in places)
+    for pair, axes in enumerate(panels[0]):
+        size = 1.15 * max(before[place, pair].abs().item() for place in places) or 1.0
+        axes.add_patch(Circle((0, 0), size / 1.15, fill=False, color=HIDDEN, linestyle=":"))
+        for place, color in zip(places, (BLUE, ORANGE), strict=True):
+            for point, style in ((before[place, pair], "--"), (after[place, pair], "-")):
+                end = point.real.item(), point.imag.item()
+                look = {"color": GRAY if style == "--" else color, "linestyle": style, "lw": 1.6}
+                arrow = {"arrowstyle": "-|>", "shrinkA": 0, "shrinkB": 0} | look
+                axes.annotate("", end, (0, 0), arrowprops=arrow)
+        axes.set(xlim=(-size, size), ylim=(-size, size), aspect="equal", xlabel="real part")
+        axes.set(title=f"pair {pair}", ylabel="imaginary part" if pair == 0 else "")
+        axes.locator_params(nbins=3)
+    handles = [Line2D([], [], color=color, ls=style) for color, style in _ARROWS]
+    names = ["before RoPE", f"after it, at {places[0]}", f"after it, at {places[1]}"]
+    figure.legend(handles, names, loc="outside lower center", ncols=3)
+    figure.suptitle(f"RoPE turns the query of {whose}")
+    return figure
 
 
-def table(
-    shares: Sequence[Sequence[float]],
-    texts: Sequence[Sequence[str]],
-    right: Sequence[Sequence[bool]],
-    rows: Sequence[str],
-    columns: Sequence[str],
-) -> tuple[Figure, Axes]:
-    """A table of texts [rows, columns]: the greater a share the darker, orange where not right."""
-    figure, axes = figure_of(size=(8, 1 + 0.27 * len(rows)))
-    axes.imshow(shares, aspect="auto", cmap="Blues", norm=Normalize(0, 1.6))
-    for y, row in enumerate(texts):
-        for x, text in enumerate(row):
-            dark = shares[y][x] > 0.5
-            color = ("w" if dark else "k") if right[y][x] else ("#ffd9b3" if dark else ORANGE)
-            weight = "normal" if right[y][x] else "bold"
-            place = {"ha": "center", "va": "center", "fontsize": 7.5}
-            axes.text(x, y, text, color=color, weight=weight, **place)
-    axes.set_xticks(range(len(columns)), columns, fontsize=8)
-    axes.set_yticks(range(len(rows)), rows, fontsize=8)
+_ARROWS = [(GRAY, "--"), (BLUE, "-"), (ORANGE, "-")]
+
+
+# --- numbers on a circle --------------------------------------------------------------------------
+
+
+def clock(points: Mapping[str, Tensor], numbers: Sequence[int], hours: int = 20) -> Figure:
+    """Numbers at points [N, 2], a panel each, in the colors of their hours."""
+    figure, panels = figure_of(1, len(points), size=(8, 4.4), squeeze=False)
+    for axes, (name, found) in zip(panels[0], points.items(), strict=True):
+        x, y = found[:, 0].tolist(), found[:, 1].tolist()
+        axes.plot(x, y, color=HIDDEN, linewidth=1, zorder=0)
+        for number, left, up in zip(numbers, x, y, strict=True):
+            red, green, blue, _ = matplotlib.colormaps["twilight"](number % hours / hours)
+            color = 0.75 * red, 0.75 * green, 0.75 * blue  # so that the light ones show, too
+            look = {"ha": "center", "va": "center", "fontsize": 9, "color": color}
+            axes.text(left, up, number, weight="bold" if number < hours else "normal", **look)
+        axes.set(title=name, xlabel="first direction", ylabel="second direction")
+        axes.set(aspect="equal", xticks=[], yticks=[])
+        axes.label_outer()
+    figure.suptitle(f"The clock: what a head hands over for the numbers 0 to {numbers[-1]}")
+    return figure
+
+
+def sums(points: Mapping[str, Tensor], totals: Sequence[int], hours: int = 20) -> Figure:
+    """What stands for a sum at points [N, 2], a panel each, colored by the total's hour."""
+    figure, panels = figure_of(1, len(points), size=(8, 4), squeeze=False)
+    for axes, (name, found) in zip(panels[0], points.items(), strict=True):
+        colors = {"c": [total % hours for total in totals], "cmap": "twilight", "vmax": hours}
+        image = axes.scatter(found[:, 0].tolist(), found[:, 1].tolist(), s=9, vmin=0, **colors)
+        axes.set(title=name, xlabel="first direction", ylabel="second direction")
+        axes.set(aspect="equal", xticks=[], yticks=[])
+        axes.label_outer()
+    figure.colorbar(image, ax=panels, label=f"a + b modulo {hours}", ticks=range(0, hours + 1, 5))
+    figure.suptitle("What the last token carries for each of the sums")
+    return figure
+
+
+# --- parts ----------------------------------------------------------------------------------------
+
+
+def left_out(
+    answers: Mapping[str, Sequence[Sequence]],
+    asked: Sequence[str],
+    title: str = "What breaks without each part",
+) -> Figure:
+    """A table of what is said, by the part that is left out, to one question of each kind.
+
+    answers: by part, for each kind, the token that is said, the probability of the right one,
+    whether that is the one said, and how many of how many of the kind are right.
+    """
+    rows = [*answers]
+    two_lines = len(asked) > 2
+    figure, axes = figure_of(size=(8, 1.5 + (0.44 if two_lines else 0.33) * len(rows)))
+    shares = [[row[3] / row[4] for row in answers[name]] for name in rows]
+    axes.imshow(shares, aspect="auto", cmap="Blues", norm=Normalize(0, 2.4))
+    for y, name in enumerate(rows):
+        for x, (said, chance, is_right, right, count) in enumerate(answers[name]):
+            place = {"va": "center", "fontsize": 9, "color": "k"}
+            mark = "" if is_right else "✗ "
+            undefined = chance is None or math.isnan(chance)
+            probability = "not a number" if undefined else f"{chance:.3f}"
+            weight = "normal" if is_right else "bold"
+            text = f"{mark}{said[:8]}  {probability}"
+            many = f"{right} of {count}" if count > 1 else ""
+            up = 0.22 * (two_lines and count > 1)
+            axes.text(x - 0.46, y - up, text, ha="left", weight=weight, **place)
+            axes.text(x + 0.46, y + up, many, ha="right", **place)
+    axes.set_xticks(range(len(asked)), asked, fontsize=9)
+    axes.set_yticks(range(len(rows)), rows, fontsize=9)
     axes.tick_params(length=0)
+    axes.xaxis.tick_top()
     axes.spines[:].set_visible(False)
-    return figure, axes
-
-
-# --- diagrams -------------------------------------------------------------------------------------
-
-
-def _box(
-    axes: Axes, x: float, y: float, text: str, below: str = "", above: str = "", color: str = BLUE
-) -> None:
-    """A box around x, y with a text in it, and smaller ones under or over it."""
-    shape = FancyBboxPatch(
-        (x - 0.62, y - 0.3), 1.24, 0.6, boxstyle="round,pad=0,rounding_size=0.1", fc="w", ec=color
-    )
-    axes.add_patch(shape)
-    axes.text(x, y, text, ha="center", va="center", fontsize=8)
-    small = {"ha": "center", "fontsize": 7, "color": "#555", "linespacing": 1.3}
-    axes.text(x, y - 0.38, below, va="top", **small)
-    axes.text(x, y + 0.4, above, va="bottom", **small)
-
-
-def _arrow(axes: Axes, start: tuple, end: tuple, color: str = GRAY, style: str = "-|>") -> None:
-    axes.add_patch(
-        FancyArrowPatch(
-            start, end, arrowstyle=style, mutation_scale=8, color=color, shrinkA=0, shrinkB=0
-        )
-    )
-
-
-def _canvas(width: float, height: float, size: tuple, title: str) -> tuple[Figure, Axes]:
-    figure, axes = figure_of(size=size)
-    axes.set(xlim=(0, width), ylim=(0, height), title=title)
-    axes.axis("off")
-    return figure, axes
-
-
-def model(config: Config, n_tokens: int) -> Figure:
-    """The whole model, with its shapes, and the sections of the notebook that open each box."""
-    c, T = config, n_tokens
-    figure, axes = _canvas(15.6, 4.7, (8, 2.8), "Llama 3, from token ids to the next token")
-    y, up = 1.0, 2.75  # of the residual stream, and of what is added to it
-    _arrow(axes, (1.3, y), (14.9, y), color=BLUE)
-    axes.add_patch(Rectangle((3.55, 0.3), 7.5, 4.3, fc=LIGHT, ec=GRAY, lw=0.8, zorder=0))
-    axes.text(3.7, 4.3, f"layer, {c.n_layers} times", fontsize=8, va="center", weight="bold")
-    _box(axes, 0.75, y, "token ids", f"[{T}]\nsection 1", color=ORANGE)
-    _box(axes, 2.45, y, "lookup", f"[{T}, {c.dim}]\nsection 3")
-    for x, name, inside in [
-        (4.4, "attention", f"sections 4 to 6\n{c.n_heads} heads of {c.head_dim}"),
-        (8.1, "SwiGLU", f"section 6\n{c.dim} to {c.ffn_dim:,} to {c.dim}"),
-    ]:
-        _arrow(axes, (x, y), (x, up - 0.3))
-        _box(axes, x, up, "RMSNorm", above=f"section 3\n[{T}, {c.dim}]")
-        _arrow(axes, (x + 0.62, up), (x + 1.18, up))
-        _box(axes, x + 1.8, up, name, above=inside)
-        _arrow(axes, (x + 2.42, up), (x + 2.6, up), style="-")
-        _arrow(axes, (x + 2.6, up), (x + 2.6, y + 0.2))
-        axes.plot(x + 2.6, y, "o", ms=13, mfc="w", mec=BLUE)
-        axes.text(x + 2.6, y, "+", ha="center", va="center", fontsize=11, color=BLUE)
-    axes.text(6.3, 0.62, "residual stream", fontsize=7, ha="center", va="center", color=BLUE)
-    _box(axes, 11.9, y, "RMSNorm", f"[{T}, {c.dim}]\nsection 3")
-    _box(axes, 13.5, y, "output", f"[{T}, {c.vocab_size:,}]\nsection 7")
-    axes.text(15.0, y, "logits", fontsize=8, va="center", ha="left")
+    axes.set_ylabel("left out")
+    legend = "what is said, the probability of the right token, how many of the kind are right"
+    axes.set_xlabel(f"{legend}\ndarker: more of the kind are right; ✗: the one shown is wrong")
+    figure.suptitle(title)
     return figure
 
 
-def groups(config: Config, head: int) -> Figure:
-    """The query heads that share each key and value head; `head` stands out."""
-    n, shared = config.n_heads, config.n_kv_heads
-    title = f"Heads of queries: {n}, heads of keys and values: {shared}"
-    figure, axes = _canvas(n, 3, (8, 2), title)
-    group = n // shared
-    size = max(9 if n <= 16 else 8 * 30 / n, 4)
-    for h in range(n):
-        mine = h == head
-        x, below = h + 0.5, (h // group + 0.5) * group
-        _arrow(axes, (below, 0.95), (x, 1.95), color=ORANGE if mine else GRAY)
-        color = ORANGE if mine else BLUE
-        axes.add_patch(Rectangle((h + 0.08, 1.95), 0.84, 0.7, fc="w", ec=color))
-        axes.text(x, 2.3, f"q{h}", ha="center", va="center", fontsize=size)
-    for s in range(shared):
-        color = ORANGE if s == head // group else BLUE
-        left = s * group + 0.08
-        axes.add_patch(Rectangle((left, 0.25), group - 0.16, 0.7, fc=LIGHT, ec=color))
-        axes.text((s + 0.5) * group, 0.6, f"k{s}, v{s}", ha="center", va="center", fontsize=size)
+def lens(readable: Sequence[float], sayings: Sequence[str], answer: str) -> Figure:
+    """How likely an answer can be read after each layer, and what would be said there."""
+    figure, axes = figure_of(size=(8, 3))
+    axes.plot(readable, "o-")
+    step = 1 + len(readable) // 12
+    ticks = [f"{n} layers\nsay '{saying}'" for n, saying in enumerate(sayings)]
+    axes.set_xticks(range(0, len(readable), step), ticks[::step], fontsize=8)
+    title = f"How likely the answer '{answer}' can be read after each layer"
+    axes.set(title=title, xlabel="layers that the last token went through", ylabel="probability")
+    axes.set_ylim(-0.05, 1.05)
     return figure
 
 
-def cache(labels: Sequence[str], new: str, config: Config) -> Figure:
-    """What the cache holds when one row goes through: the last of the tokens, `labels`."""
-    labels = [*labels[-24:], new]
-    T, c = len(labels), config
-    title = "With a cache, one row goes through the layers"
-    figure, axes = _canvas(T + 3, 5.2, (8, 2.6), title)
-    for i, token in enumerate(labels):
-        is_new = i == T - 1
-        x = 3 + i
-        for y in (2.1, 1.2):
-            axes.add_patch(
-                Rectangle((x + 0.06, y), 0.88, 0.8, fc=ORANGE if is_new else LIGHT, ec=BLUE)
-            )
-        axes.text(x + 0.5, 1.05, token, rotation=90, ha="center", va="top", fontsize=7)
-        _arrow(axes, (3 + T - 0.5, 4.0), (x + 0.5, 2.95), color=ORANGE if is_new else GRAY)
-    axes.text(2.85, 2.5, "keys", ha="right", va="center", fontsize=8)
-    axes.text(2.85, 1.6, "values", ha="right", va="center", fontsize=8)
-    axes.text(2.85, 0.6, "token", ha="right", va="center", fontsize=8)
-    axes.add_patch(Rectangle((2 + T + 0.06, 4.0), 0.88, 0.8, fc="w", ec=ORANGE))
-    axes.text(
-        2 + T - 0.1,
-        4.4,
-        "the query of the new token, whose key and value (orange) are put in",
-        ha="right",
-        va="center",
-        fontsize=8,
-    )
-    axes.text(
-        0.05,
-        4.4,
-        f"one of {c.n_layers} layers,\none of {c.n_kv_heads} heads",
-        va="center",
-        fontsize=8,
-    )
+def norm_sizes(
+    before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[float]], eps: float
+) -> Figure:
+    """The sizes (roots of mean squares) of vectors before RMSNorm and after it."""
+    figure, axes = figure_of(size=(8, 3))
+    every = [eps**0.5, *(size for sizes in before.values() for size in sizes)]
+    m = np.geomspace(max(min(every), 1e-9) / 3, 3 * max(every), 100)
+    axes.plot(m, m / np.sqrt(m**2 + eps), color="k", linewidth=1)
+    axes.axvline(eps**0.5, color=GRAY, linestyle=":", label="root of epsilon")
+    for name, color in zip(before, ("k", "w"), strict=True):
+        axes.plot(before[name], after[name], "o", mfc=color, mec="k", label=name)
+    axes.set(xlabel="size before", ylabel="size after")
+    axes.set_title("RMSNorm makes all sizes 1, but those near epsilon's root and below stay small")
+    logarithmic(axes.xaxis)
+    axes.legend()
     return figure
 
 
-# --- the pictures of the README -------------------------------------------------------------------
+def silu(given: Mapping[int, Tensor]) -> Figure:
+    """SiLU, and under it how often each input occurs in a layer: given [..., ffn_dim] by layer."""
+    inputs = {i: np.array(z.flatten().tolist()) for i, z in given.items()}
+    most = max(np.quantile(abs(z), 0.995) for z in inputs.values()) or 1.0
+    z = np.linspace(-most, most, 200)
+    figure, panels = figure_of(1, len(given), size=(8, 3.2), squeeze=False, sharey=True)
+    for axes, (i, found) in zip(panels[0], inputs.items(), strict=True):
+        counts, edges = np.histogram(found, bins=60, range=(-most, most))
+        heights = counts / max(counts.max(), 1) * most
+        axes.stairs(heights, edges, fill=True, color="#b9d0ea", label="how often")
+        axes.plot(z, z * (1 + np.tanh(z / 2)) / 2, label="SiLU")
+        axes.plot(z, z / 2, ":", color=GRAY, label="z / 2")
+        axes.set(title=f"layer {i}", xlabel="z", ylabel="silu(z)")
+        axes.label_outer()
+    panels[0][0].legend()
+    figure.suptitle("What SiLU is given, and what it makes of it")
+    return figure
 
 
-def of_the_readme(notebook: dict) -> dict[str, bytes]:
-    """The pictures of cells tagged "readme", as PNG files, by the cells' names."""
-    found = {}
-    for cell in notebook["cells"]:
-        if "readme" in cell["metadata"].get("tags", ()):
-            (png,) = (o["data"]["image/png"] for o in cell["outputs"] if "data" in o)
-            found[cell["id"]] = base64.b64decode(png)
-    return found
+# --- generation, scores, training, sizes ----------------------------------------------------------
 
 
-def main() -> None:
-    import nbformat
-    from nbclient import NotebookClient
+def choices(
+    chances: Mapping[float, Sequence[float]],
+    kept: Mapping[float, Sequence[bool]],
+    names: Sequence[str],
+    title: str,
+) -> Figure:
+    """The chances of the same tokens at several temperatures, those that are kept in blue."""
+    figure, panels = figure_of(1, len(chances), size=(8, 3.2), sharey=True)
+    for axes, (temperature, p) in zip(panels, chances.items(), strict=True):
+        colors = [BLUE if keep else GRAY for keep in kept[temperature]]
+        axes.barh(range(len(p)), p, color=colors)
+        axes.set_title(f"temperature {temperature}", fontsize="small")
+        axes.locator_params(axis="x", nbins=3)
+    panels[0].set_yticks(range(len(names)), names)
+    panels[0].invert_yaxis()
+    figure.supxlabel("probability (each panel has a scale of its own)")
+    figure.supylabel("next token")
+    figure.suptitle(title)
+    return figure
 
-    path = HERE.parent / "notebook.ipynb"
-    notebook = nbformat.read(path, as_version=4)
-    options = {"record_timing": False, "coalesce_streams": True}  # so that little differs each time
-    NotebookClient(
-        notebook, resources={"metadata": {"path": str(path.parent)}}, **options
-    ).execute()
-    nbformat.write(notebook, path)
-    for name, png in of_the_readme(notebook).items():
-        (HERE / f"{name}.png").write_bytes(png)
+
+def surprise(found: Mapping[str, tuple[Tensor, Tensor]], labels: Sequence[Sequence[str]]) -> Figure:
+    """The surprise at each token of some sentences, and what was expected."""
+    figure, panels = figure_of(1, len(found), size=(8, 3.4), sharey=True)
+    for axes, names, (sentence, (at, expected)) in zip(panels, labels, found.items(), strict=True):
+        axes.bar(range(len(at)), at.tolist(), label="surprise at the token")
+        axes.plot(expected.tolist(), "o", color=ORANGE, label="entropy of the prediction")
+        name_tokens(axes.xaxis, names, 3)
+        axes.set(title=sentence, xlabel="token", ylabel="nats")
+        axes.label_outer()
+    panels[0].legend()
+    figure.suptitle("How surprising each token is")
+    return figure
 
 
-if __name__ == "__main__":
-    main()
+def falling(losses: Sequence[float], title: str) -> Figure:
+    """A loss, step by step."""
+    figure, axes = figure_of(size=(8, 2.6))
+    axes.plot(losses, "o-")
+    axes.set(title=title, xlabel="steps taken", ylabel="nats per token")
+    axes.set_ylim(bottom=0)
+    whole_numbers(axes.xaxis)
+    return figure
+
+
+def turns(tokens_per_turn: Mapping[str, Sequence[float]], n_tokens: int) -> Figure:
+    """How many tokens RoPE's pairs need for a turn, of one model and of others."""
+    figure, (left, right) = figure_of(1, 2, size=(8, 3.2))
+    (this, found), *others = tokens_per_turn.items()
+    left.plot(found, "o-", label=this)
+    left.axhline(n_tokens, color=ORANGE, label="tokens in our prompt")
+    for name, found in others:
+        right.plot(found, label=name)
+    for limit in (2048, 8192):
+        right.axhline(limit, color=GRAY, linestyle=":", label=f"{limit:,} tokens")
+    for axes in (left, right):
+        logarithmic(axes.yaxis)
+        whole_numbers(axes.xaxis)
+        axes.set(xlabel="pair", ylabel="tokens for one turn")
+        axes.legend()
+    left.set_title("From fast pairs to slow ones")
+    right.set_title("Scaling slows the slow ones down")
+    figure.suptitle("How many tokens a pair needs for one turn")
+    return figure
+
+
+def matrices(found: Mapping[str, Sequence[Sequence[float]]], title: str) -> Figure:
+    """Matrices of factors from -1 to 1, side by side."""
+    figure, panels = figure_of(1, len(found), size=(8, 3.2), sharey=True)
+    for axes, (name, matrix) in zip(panels, found.items(), strict=True):
+        image = axes.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1)
+        axes.set(title=name, xlabel="number before", ylabel="number after")
+        whole_numbers(axes.xaxis, axes.yaxis)
+        axes.label_outer()
+    figure.suptitle(title)
+    figure.colorbar(image, ax=panels, label="factor", shrink=0.8)
+    return figure
+
+
+def work(shares: Mapping[tuple[str, int], Mapping[str, float]]) -> Figure:
+    """The share of operations by module, in percent, by model and number of tokens."""
+    models = list(dict.fromkeys(name for name, _ in shares))
+    figure, panels = figure_of(1, len(models), size=(8, 3.6), sharey=True)
+    for axes, model in zip(panels, models, strict=True):
+        of_model = [(length, parts) for (name, length), parts in shares.items() if name == model]
+        for i, (length, parts) in enumerate(of_model):
+            height = np.arange(len(parts)) + 0.4 * i - 0.2
+            axes.barh(height, [*parts.values()], 0.4, label=f"{length:,} tokens")
+            axes.set_yticks(range(len(parts)), parts)
+        axes.set(title=model, xlabel="% of the operations", ylabel="module")
+        axes.label_outer()
+    panels[0].invert_yaxis()
+    panels[-1].legend()
+    figure.suptitle("Where the work is, for a short prompt and a long one")
+    return figure
