@@ -71,7 +71,7 @@ def model(config: Config, n_tokens: int) -> Figure:
 def groups(config: Config, head: int) -> Figure:
     """The query heads that share each key and value head; `head` stands out."""
     n, shared = config.n_heads, config.n_kv_heads
-    title = f"Heads of queries: {n}, heads of keys and values: {shared}"
+    title = f"{n} query heads, {shared} key and value heads"
     figure, axes = _canvas(n, 3, (8, 2), title)
     group = n // shared
     size = max(9 if n <= 16 else 8 * 30 / n, 4)
@@ -91,7 +91,7 @@ def groups(config: Config, head: int) -> Figure:
 
 
 def cache(labels: Sequence[str], new: str, config: Config) -> Figure:
-    """What the cache holds when one row goes through: the last of the tokens, `labels`."""
+    """What the cache holds of the tokens `labels` when the row of `new` goes through."""
     labels = [*labels[-24:], new]
     T, c = len(labels), config
     title = "With a cache, one row goes through the layers"

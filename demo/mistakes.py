@@ -23,11 +23,30 @@ _frequencies, _qkv, _rms_norm = llama3.rope_frequencies, llama3.queries_keys_val
 _rotate = llama3.rotate
 
 
+SECTIONS = {
+    "rms": "3, RMSNorm",
+    "no-layers": "3, without layers",
+    "frequencies": "4, RoPE",
+    "rotate": "4, RoPE",
+    "keys": "4, keys",
+    "mask": "4, mask",
+    "softmax": "4, softmax",
+    "values": "4, values",
+    "swiglu": "5, SwiGLU",
+    "layer-end": "5, the end of a layer",
+}
+
+
 class Mistake(NamedTuple):
     """Functions in the place of llama3's, and the cell of notebook.ipynb that stops."""
 
     functions: dict[str, Callable]
     cell: str
+
+    @property
+    def section(self) -> str:
+        """The section that the cell is in, and what it is about."""
+        return SECTIONS[self.cell]
 
 
 def _halves(x: Tensor, rotations: Tensor) -> Tensor:

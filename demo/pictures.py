@@ -11,6 +11,7 @@ import base64
 import html
 import io
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import matplotlib
@@ -35,7 +36,7 @@ from tokenizer_setup import Tokenizer
 BLUE, ORANGE, GRAY, LIGHT = "#2f6db3", "#d9772b", "#9aa5b1", "#eef2f6"
 HIDDEN = "#d5dade"  # what a mask hides
 PATTERN = {"cmap": "Blues", "norm": PowerNorm(0.5, 0, 1)}  # the root, to tell small weights apart
-PATTERN_TICKS, ROOTED = [0, 0.1, 0.3, 0.6, 1], " (colored by its root)"
+PATTERN_TICKS, ROOTED = [0, 0.1, 0.3, 0.6, 1], " (colored by its square root)"
 
 STYLE = {
     "axes.prop_cycle": matplotlib.cycler(color=[BLUE, ORANGE, GRAY]),
@@ -100,9 +101,11 @@ def show(figure: Figure, text: str) -> None:
     title = title_of(figure).replace("\n", " ")
     source = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
     size = f'width="{image.width // 2}" style="max-width: 100%"'
-    tag = f'<img alt="{html.escape(f"{title}. {text}")}" {size} src="{source}">'
+    alternative = html.escape(f"{title}. {text}".replace("\n", "; "))
+    tag = f'<img alt="{alternative}" {size} src="{source}">'
     display({"text/html": tag, "text/plain": f"[{title}]"}, raw=True)
-    print(text)
+    for line in text.splitlines():
+        print(textwrap.fill(line, 100))
 
 
 def logarithmic(axis: Axis) -> None:
@@ -157,7 +160,7 @@ def rotations(found: Tensor, positions: Sequence[int]) -> Figure:
         axes.set(title=f"position {position}", xlabel="real part", aspect="equal")
         axes.set(ylabel="imaginary part")
         axes.label_outer()
-    figure.suptitle("The rotations of three tokens")
+    figure.suptitle("The later a token stands, the further its pairs are turned")
     ticks = MaxNLocator(integer=True)
     figure.colorbar(pairs, ax=panels, label="pair, fast to slow", ticks=ticks)
     return figure
@@ -169,6 +172,10 @@ def attention(
     """Scores [T, T] before the mask and after it, and the pattern: a row for each query."""
     most = max(scores.float().abs().max().item(), 1e-3)
     both_ways = {"cmap": "RdBu_r", "norm": SymLogNorm(most / 20, vmin=-most, vmax=most)}
+    ticks_of_scores = [-most, -most / 10, 0, most / 10, most]
+    if scores.min() > 0 or scores.max() < 0:  # of one sign: from the least to the greatest
+        ends = scores.min().item(), scores.max().item()
+        both_ways, ticks_of_scores = {"cmap": "Reds", "norm": Normalize(*ends)}, ends
     masked, pattern = (x.float().masked_fill(~mask, math.nan) for x in (scores, pattern))
     figure, panels = figure_of(1, 3, size=(8, 4.1), sharey=True)
     for axes, matrix, name, colors in [
@@ -181,13 +188,12 @@ def attention(
         axes.set(title=name, xlabel="key of token", ylabel="query of token")
         axes.label_outer()
         name_tokens(axes.xaxis, labels, 1.9)
-        ticks = [-most, -most / 10, 0, most / 10, most]
         weights = "attention weight", PATTERN_TICKS
-        what, ticks = weights if name == "pattern" else ("score", ticks)
+        what, ticks = weights if name == "pattern" else ("score", ticks_of_scores)
         place = {"location": "bottom", "aspect": 30, "format": "%.2g"}
         figure.colorbar(image, ax=axes, label=what, ticks=ticks, **place).minorticks_off()
     name_tokens(panels[0].yaxis, labels, 1.9)
-    scales = "colors: scores by sign, finer near 0; weights by their root, so that small ones show"
+    scales = "colors: scores by sign, finer near 0; weights by their square root"
     figure.suptitle(f"{title}\n")
     figure.supxlabel(scales, fontsize=8, color="#555")
     return figure
@@ -232,7 +238,11 @@ def last_row(
     step = 1 + len(names) // 16
     axes.set_yticks(range(0, len(names), step), names[::step])
     name_tokens(axes.xaxis, labels)
-    axes.set(title=title, xlabel=f"key of token{ROOTED}", ylabel=what)
+    axes.set(
+        title=title,
+        xlabel="key of token (colors: square root of the attention weight)",
+        ylabel=what,
+    )
     for y, x in (rows > 0.5).nonzero().tolist() if rows.numel() < 1000 else ():
         weight = f"{rows[y, x]:.2f}"
         axes.text(x, y, weight, ha="center", va="center", color="w", fontsize=7)
@@ -246,10 +256,6 @@ def arrows(
     """The first pairs of two tokens' queries, complex [T, d / 2], before RoPE and after it."""
     pairs = min(pairs, before.shape[1])
     figure, panels = figure_of(1, pairs, size=(8, 3), squeeze=False)
-    same = labels[places[0]] == labels[places[1]]
-    whose = f"“{labels[places[0]]}” at {places[0]} and at {places[1]}"
-    if not same:
-        whose = " and ".join(f"“{labels[place]}” at {place}" for place in places)
     for pair, axes in enumerate(panels[0]):
         size = 1.15 * max(before[place, pair].abs().item() for place in places) or 1.0
         axes.add_patch(Circle((0, 0), size / 1.15, fill=False, color=HIDDEN, linestyle=":"))
@@ -265,7 +271,8 @@ def arrows(
     handles = [Line2D([], [], color=color, ls=style) for color, style in _ARROWS]
     names = ["before RoPE", f"after it, at {places[0]}", f"after it, at {places[1]}"]
     figure.legend(handles, names, loc="outside lower center", ncols=3)
-    figure.suptitle(f"RoPE turns the query of {whose}")
+    whose = " and ".join(f"“{labels[place]}” at {place}" for place in places)
+    figure.suptitle(f"RoPE turns each query by its own angles: {whose}")
     return figure
 
 
@@ -303,7 +310,7 @@ def sums(points: Mapping[str, Tensor], totals: Sequence[int], hours: int = 20) -
         axes.set(aspect="equal", xticks=[], yticks=[])
         axes.label_outer()
     figure.colorbar(image, ax=panels, label=f"a + b modulo {hours}", ticks=range(0, hours + 1, 5))
-    figure.suptitle("What the last token carries for each of the sums")
+    figure.suptitle("The feed-forward network of layer 0 puts the sum on a circle")
     return figure
 
 
@@ -332,7 +339,8 @@ def left_out(
             undefined = chance is None or math.isnan(chance)
             probability = "not a number" if undefined else f"{chance:.3f}"
             weight = "normal" if is_right else "bold"
-            text = f"{mark}{said[:8]}  {probability}"
+            said = said if len(said) < 10 else f"{said[:8]}…"
+            text = f"{mark}{said}  {probability}"
             many = f"{right} of {count}" if count > 1 else ""
             up = 0.22 * (two_lines and count > 1)
             axes.text(x - 0.46, y - up, text, ha="left", weight=weight, **place)
@@ -356,7 +364,7 @@ def lens(readable: Sequence[float], sayings: Sequence[str], answer: str) -> Figu
     step = 1 + len(readable) // 12
     ticks = [f"{n} layers\nsay '{saying}'" for n, saying in enumerate(sayings)]
     axes.set_xticks(range(0, len(readable), step), ticks[::step], fontsize=8)
-    title = f"How likely the answer '{answer}' can be read after each layer"
+    title = f"The probability of '{answer}', read after each layer"
     axes.set(title=title, xlabel="layers that the last token went through", ylabel="probability")
     axes.set_ylim(-0.05, 1.05)
     return figure
@@ -395,7 +403,7 @@ def silu(given: Mapping[int, Tensor]) -> Figure:
         axes.set(title=f"layer {i}", xlabel="z", ylabel="silu(z)")
         axes.label_outer()
     panels[0][0].legend()
-    figure.suptitle("What SiLU is given, and what it makes of it")
+    figure.suptitle("The inputs of SiLU, and how far it is from a straight line")
     return figure
 
 
@@ -433,7 +441,7 @@ def surprise(found: Mapping[str, tuple[Tensor, Tensor]], labels: Sequence[Sequen
         axes.set(title=sentence, xlabel="token", ylabel="nats")
         axes.label_outer()
     panels[0].legend()
-    figure.suptitle("How surprising each token is")
+    figure.suptitle("A wrong word surprises far more than the model expects")
     return figure
 
 
@@ -463,8 +471,8 @@ def turns(tokens_per_turn: Mapping[str, Sequence[float]], n_tokens: int) -> Figu
         axes.set(xlabel="pair", ylabel="tokens for one turn")
         axes.legend()
     left.set_title("From fast pairs to slow ones")
-    right.set_title("Scaling slows the slow ones down")
-    figure.suptitle("How many tokens a pair needs for one turn")
+    right.set_title("Llama 3 8B and 3.1 8B")
+    figure.suptitle("Llama 3.1 slows down only the slow pairs")
     return figure
 
 
@@ -495,5 +503,5 @@ def work(shares: Mapping[tuple[str, int], Mapping[str, float]]) -> Figure:
         axes.label_outer()
     panels[0].invert_yaxis()
     panels[-1].legend()
-    figure.suptitle("Where the work is, for a short prompt and a long one")
+    figure.suptitle("The longer the text, the larger the part of attention in the work")
     return figure

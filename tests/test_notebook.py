@@ -173,7 +173,8 @@ def test_every_picture_is_read_out_under_it_and_for_those_who_do_not_see_it(name
             if "text/html" in output.get("data", {}):
                 title, text = output.data["text/plain"][1:-1], cell.outputs[place + 1].text
                 alternative = re.search(r'alt="(.*?)"', output.data["text/html"])[1]
-                assert alternative == html.escape(f"{title}. {text.splitlines()[0]}")
+                shown = re.sub(r"[\s;]+", " ", f"{title}. {text}")  # in lines there
+                assert re.sub(r"[\s;]+", " ", html.unescape(alternative)) in shown
                 assert len(title) > 10
                 assert len(text) > 30
 
@@ -182,7 +183,7 @@ def test_every_picture_is_read_out_under_it_and_for_those_who_do_not_see_it(name
 def test_no_printed_line_is_so_long_that_it_breaks_within_a_word(name):
     for cell in code_cells(read(name)):
         for line in text_of(cell).splitlines():
-            assert len(line) <= 105 or " " in line[60:105], (cell.id, line)
+            assert len(line) <= 105, (cell.id, line)
 
 
 def test_the_pictures_of_the_readme_are_those_of_the_notebooks():
@@ -200,16 +201,13 @@ def test_what_the_text_says_of_the_demo_is_what_its_cells_print():
     printed = {cell.id: text_of(cell) for cell in code_cells(read(PART_2))}
     assert "head 6: '·' gives 1.00 to '8', 2 back" in printed["sum"]
     assert "head 7: '·' gives 0.99 to '17', 5 back" in printed["sum"]
-    sums = re.search(
-        r"with all heads (\d+); without head 6 (\d+), without head 7 (\d+)", printed["sums"]
-    )
-    assert sums.groups() == ("74", "3", "4")
+    assert "75 sums 74 are right; without head 6: 3, without head 7: 4, only" in printed["sums"]
     assert "of all 961 sums, 960 are right\n    1 plus 1 is 1  (held out)" in printed["one-wrong"]
     assert "42 comes first in 200 of 200 random orders" in printed["by-heart"]
     readme = " ".join((ROOT / "README.md").read_text().split())
     assert "it has 74 right; without head 6, 3, and without head 7, 4" in readme
     ends = [text for text in printed["circle"].splitlines() if re.match("head [67]", text)]
-    assert all(float(re.search(r"as a helix ([\d.]+)", line)[1]) >= 0.98 for line in ends)
+    assert all(float(re.search(r"helix ([\d.]+)", line)[1]) >= 0.98 for line in ends)
 
 
 # --- outputs --------------------------------------------------------------------------------------
@@ -450,7 +448,7 @@ def test_the_diagrams_say_what_the_model_is(demo_config):
         "logits",
     ]
     figure = diagrams.groups(config, 4)
-    assert pictures.title_of(figure) == "Heads of queries: 6, heads of keys and values: 2"
+    assert pictures.title_of(figure) == "6 query heads, 2 key and value heads"
     assert texts_of(figure) == [*(f"q{i}" for i in range(6)), "k0, v0", "k1, v1"]
     found = texts_of(diagrams.cache(["a", "b"], "c", config))
     assert {"a", "b", "c", "keys", "values", "one of 3 layers,\none of 2 heads"} <= {*found}

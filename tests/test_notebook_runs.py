@@ -250,11 +250,18 @@ MISTAKES = {
         ("keys not mirrored", "distance", "turned(key, key_position).conj()", "turned(key, key_position)"),
         ("another head's columns", "swap", "brought.flatten(-2)", "brought.flip(1).flatten(-2)"),
         ("heads swapped for each other", "swapped", "([first], [*zip(c, b)])", "([first], [*zip(a, d)])"),
-        ("another head's values", "clock", "[h // group]", "[h % n_kv_heads]", "circle"),
+        ("another head's values", "clock", "[h // group]", "[h % n_kv_heads]"),
         ("a circle of ten hours", "circle", "range(10, 80)", "range(10, 30)"),
         ("the circle of a - b", "streams", "circle(a + b)", "circle(a - b)"),
         ("layer 2 in the place of layer 1", "turn", "layer != 1", "layer != 2"),
-        ("left in, not out", "leave-out", "(i != out)", "(i == out)", "leave-out-check"),
+        ("left in, not out", "leave-out", "attention_now(x, w, layer, *rest) * (layer != out)", "attention_now(x, w, layer, *rest) * (layer == out)", "leave-out-check"),
+        ("another half left out", "leave-out", "feed_forward(x, w, layer) * (layer != out)", "feed_forward(x, w, layer) * (layer == out)", "leave-out-check"),
+        ("nothing left out", "leave-out", "{\"rotate\": lambda x, rotations: x}", "{\"rotate\": llama3.rotate}", "leave-out-plot"),
+        ("patterns of what is not normed", "trace", "queries_keys_values(normed,", "queries_keys_values(x,", "sum"),
+        ("backwards in time", "by-distance", "score(query, key, distance, 0)", "score(query, key, 0, distance)"),
+        ("another distance", "keys", "last - place, 0", "place, 0"),
+        ("answers one too high", "sums", "str(a + b)", "str(a + b + 1)"),
+        ("the wrong half of a layer", "silu-plot", "streams[f\"attention of layer {i}\"], i", "streams[f\"feed-forward of layer {i}\"], i"),
         ("a lens without norm", "lens", 'llama3.rms_norm(torch.stack(outputs)[:, -1], exact["norm.weight"], config.norm_eps)', "torch.stack(outputs)[:, -1]"),
         ("epsilon outside the root", "eps-plot", "(m**2 + config.norm_eps).sqrt()", "(m + config.norm_eps)"),
     ],
@@ -270,6 +277,11 @@ MISTAKES = {
         ("the last token is not read", "generate", "torch.tensor([ids], device=device)", "torch.tensor([ids[:-1]], device=device)"),
         ("padding is read", "batch", "starts=starts", "starts=None"),
         ("surprise at the token before", "perplexity", "ids[1:, None]", "ids[:-1, None]"),
+        ("a mean of exponents", "perplexity", "surprise.mean().exp()", "surprise.exp().mean()"),
+        ("the truth and the bet swapped", "coin", "bent[0] * bets.log2() + bent[1] * (1 - bets).log2()", "bets * bent[0].log2() + (1 - bets) * bent[1].log2()"),
+        ("a slope that is not squared", "training", "w.grad.pow(2).sum().item()", "w.grad.abs().sum().item()"),
+        ("forty steps uphill", "steps", "w.detach() - 0.1", "w.detach() + 0.1"),
+        ("the key stays", "permute", "n * frequencies[None]).T", "0 * frequencies[None]).T"),
         ("bits for nats", "coin", "p.clamp(min=1e-30).log()", "p.clamp(min=1e-30).log2()"),
         ("a gradient without its token", "gradient", "by_hand[y] -= 1\n", ""),
         ("uphill", "training", "w - hoped / slope * w.grad", "w + hoped / slope * w.grad"),
@@ -417,7 +429,7 @@ def test_the_exercises_know_their_answers(demo_config, demo_weights, demo_tokeni
     brought = names[PART_2]["heads_of"](ids)[:, -1]
     between = brought[:1].clone()
     between[0, second] = brought[:, second].mean(0)
-    scores = names[PART_1]["scores"][-1].float() * math.sqrt(16)
+    scores = names[PART_1]["masked_scores"][-2].float() * math.sqrt(16)
     answers = {
         (PART_1, "root"): scores.softmax(-1).max().item(),
         (PART_1, "one layer less"): logits(PROMPT, config=demo_config._replace(n_layers=3))
@@ -435,6 +447,9 @@ def test_the_exercises_know_their_answers(demo_config, demo_weights, demo_tokeni
         (PART_3, "halves"): logits("17 plus 8 is ", halves).argmax().item(),
     }
     assert answers[PART_2, "between"] == "14"
+    assert run_with_mistakes(PART_1).printed["broken"].startswith("16 of 17 rows differ")
+    repaired = {"broken": {"masked_fill(~mask, 0)": "masked_fill(~mask, -math.inf)"}}
+    assert Run(PART_1, changes=repaired, draw="nothing").printed["broken"].startswith("0 of 17")
     for (part, exercise), answer in answers.items():
         check = names[part]["check"]
         check(exercise, answer)
