@@ -25,6 +25,7 @@ from cli.build import compiler
 from cli.main import main
 from cli.step import with_built_steps
 from cli.words import expanded
+from demo import corpus
 from formats.blocks import Blocks
 from formats.convert import to_meta
 
@@ -187,3 +188,28 @@ def test_the_first_token_of_a_text_is_not_scored(path, capsys, tmp_path, source,
     assert (line["tokens"], len(tokens)) == (1, 2)
     assert line["nll"] == pytest.approx(nll, abs=1e-3)
     assert line["bits_per_byte"] == pytest.approx(nll / math.log(2) / len(" there"), rel=1e-3)
+
+
+def test_the_notebook_says_what_it_does_without_a_mask(source, weights, monkeypatch):
+    """Two rows of the table in notebooks/how_it_adds.ipynb, a question at a time."""
+    saved = json.loads((ROOT / "demo" / "smollm2.json").read_text())
+    tokenizer, right = source.tokenizer(), {}
+    first = {"capital": ("France", "Paris"), "opposite": ("hot", "cold")}
+
+    def count(kind):
+        pairs = [first[kind], *((f.subject, f.answer) for f in corpus.facts() if f.kind == kind)]
+        found = []
+        for subject, answer in list(dict.fromkeys(pairs))[:12]:
+            tokens = tokenizer_setup.encode(tokenizer, f"the {kind} of {subject} is")
+            logits = llama3.forward(torch.tensor(tokens), weights, source.config)[-1]
+            due = tokenizer_setup.encode(tokenizer, f" {answer}", bos=False)[0]
+            found.append(logits.argmax().item() == due)
+        return sum(found)
+
+    right["nothing"] = count("capital"), count("opposite")
+    pattern = llama3.attention_pattern
+    without = lambda q, k, mask: pattern(q, k, torch.ones_like(mask))  # noqa: E731
+    monkeypatch.setattr(llama3, "attention_pattern", without)
+    right["the mask"] = count("capital"), count("opposite")
+    for part, counts in right.items():
+        assert tuple(row[3] for row in saved["answers"][part]) == counts
