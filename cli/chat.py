@@ -36,7 +36,7 @@ class Chat:
 
     def __init__(self, model: Model, weights: llama3.Weights) -> None:
         self.model, self.weights = model, weights
-        self.session = llama3.Session(weights, model.config)
+        self.session = model.session(weights)
         self.times: list[float] = []  # of every token
         self.whole = True  # whether someone reads to the end
         self.system = model.args.system

@@ -12,6 +12,7 @@ from torch import Tensor
 import formats
 import llama3
 from cli import ranks
+from cli.capture import CapturedSession
 from cli.memory import check_memory
 from cli.messages import UsageError, bar, note
 from cli.sampling import Sampler, suggestion
@@ -107,6 +108,13 @@ class Model(NamedTuple):
                 weights = with_built_steps(weights, self.config, args.compile, **options)
             return ranks.connected(expanded(weights), source.config, rank, n)
 
+    def session(self, weights: llama3.Weights) -> llama3.Session:
+        """A new session of one text; on a GPU it reads single tokens by recorded steps."""
+        captures = self.device.type == "cuda" and ranks.n_ranks() == 1
+        if captures and self.args.compile is not False:
+            return CapturedSession(weights, self.config)
+        return llama3.Session(weights, self.config)
+
     def steps(
         self, prompts: Sequence[Sequence[int]], weights: llama3.Weights, **options: Any
     ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -117,6 +125,7 @@ class Model(NamedTuple):
             "stop_tokens": stop_tokens(self.tokenizer),
             "n_vocab": self.tokenizer.n_vocab,
             "progress": bar("reading the prompt", " blocks", delay=2),
+            "session": self.session(weights) if len(prompts) == 1 else None,
         } | options
         try:
             yield from llama3.generate_batch(prompts, weights, self.config, **options)

@@ -17,6 +17,7 @@ from torch import Tensor
 import llama3
 from formats.blocks import BYTES, SIZES, Blocks
 from formats.errors import CheckpointError, one_line, refuse
+from formats.placing import to_device
 from formats.text import FileTokenizer
 from formats.vocabulary import model_tokenizer
 from tokenizer_setup import Tokenizer
@@ -117,9 +118,9 @@ class Source(NamedTuple):
             cut = end - begin < stored.shape[axis or 0]
             if isinstance(w, Blocks):
                 raw = w.raw.clone() if cut and stored.is_copy else w.raw  # so that the rest goes
-                w = Blocks(raw.to(device), w.kind)
+                w = Blocks(to_device(raw, device), w.kind)
             elif device.type != "cpu" or w.dim() == 1:
-                w = w.to(device, dtype)
+                w = to_device(w, device).to(dtype)
             elif cut and (stored.is_copy or axis == 1):
                 w = w.clone(memory_format=torch.contiguous_format)  # so that the rest goes
             placed[name] = w
@@ -128,10 +129,9 @@ class Source(NamedTuple):
             table, stored = placed["tok_embeddings.weight"], self.stored["tok_embeddings.weight"]
             if isinstance(table, Blocks) and device.type == "cpu":  # mapped by itself: see gguf.py
                 table = stored.weight(0, dtype, begin, end)
-            elif isinstance(table, Blocks):
-                table = Blocks(table.raw[begin:end], table.kind)
             else:
-                table = table[begin:end]
+                cut = getattr(table, "raw", table)[begin:end]
+                table = Blocks(cut, table.kind) if isinstance(table, Blocks) else cut
             placed["output.weight"] = table
         return placed
 

@@ -1,5 +1,6 @@
 """What several test files need: the demo, Meta's tokenizer, and small random models."""
 
+import contextlib
 import io
 import json
 import os
@@ -8,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
 
 import llama3
 from cli import build
@@ -16,13 +16,36 @@ from cli.messages import peak_rss_bytes
 from tokenizer_setup import load_tokenizer
 
 # How many cases a property-based test tries that says nothing else: those of test_fuzz.py.
-settings.register_profile("short", max_examples=100, derandomize=True, deadline=None)
-settings.register_profile("long", max_examples=10_000, deadline=None)
-settings.load_profile("short")
+with contextlib.suppress(ImportError):  # the others do without
+    from hypothesis import settings
+
+    settings.register_profile("short", max_examples=100, derandomize=True, deadline=None)
+    settings.register_profile("long", max_examples=10_000, deadline=None)
+    settings.load_profile("short")
 
 # The models of the tests are tiny: two threads would spend most of their time waiting.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+
+
+def pytest_addoption(parser):
+    text = "where test_device.py computes: cpu, cuda, mps, or meta for shapes alone"
+    parser.addoption("--device", default="cpu", help=text)
+
+
+def pytest_configure(config):
+    name = config.getoption("--device")
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise pytest.UsageError(f"--device {name}: not on this machine: {reason}") from None
+
+
+@pytest.fixture(scope="session")
+def device(pytestconfig) -> torch.device:
+    return torch.device(pytestconfig.getoption("--device"))
+
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "demo"

@@ -1,0 +1,400 @@
+"""What a GPU does: is it right, how fast, with how much memory. One command, some five minutes.
+
+    python benchmarks/gpu.py --out gpu.json
+
+Makes random models on the card itself, and measures each step by itself, so that one that fails is
+one line of the table. Prints the table for docs/speed.md and writes its numbers to a file. With
+--device cpu --sizes tiny it only shows that the script runs.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+import formats  # noqa: E402
+import llama3  # noqa: E402
+import tokenizer_setup  # noqa: E402
+from cli.capture import CapturedSession  # noqa: E402
+from formats.blocks import Blocks, to_blocks  # noqa: E402
+from formats.placing import to_device  # noqa: E402
+
+ROPE = {"norm_eps": 1e-05, "rope_theta": 500000.0}
+SIZES = {
+    "tiny": {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 512}
+    | {"multiple_of": 32, **ROPE},
+    "1b": {"dim": 2048, "n_layers": 8, "n_heads": 32, "n_kv_heads": 8, "vocab_size": 128256}
+    | {"multiple_of": 256, "ffn_dim_multiplier": 1.5, **ROPE},
+    "8b": {"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "vocab_size": 128256}
+    | {"multiple_of": 1024, "ffn_dim_multiplier": 1.3, **ROPE},
+}
+PREFILLS, CONTEXTS, TURNS, STEPS = (128, 1024, 8192), (128, 1024), 5, 32
+
+
+class Bench:
+    """A device, what was measured on it, and what failed."""
+
+    def __init__(self, device: torch.device, minutes: float) -> None:
+        self.device, self.rows, self.failed = device, {}, {}
+        self.until = time.monotonic() + 60 * minutes
+
+    def finished(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def seconds(self, function: Callable[[], Any], turns: int = TURNS) -> float:
+        """The median of some turns, after one that does not count."""
+        times = []
+        for _ in range(1 + turns):
+            self.finished()
+            start = time.perf_counter()
+            function()
+            self.finished()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times[1:])
+
+    def measure(self, name: str, function: Callable[[], Any]) -> Any:
+        """A row of the table: what a function returns, or why it could not."""
+        if time.monotonic() > self.until:
+            self.failed[name] = "no time was left"
+            return None
+        try:
+            found = self.rows[name] = function()
+        except Exception as error:
+            self.failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            traceback.print_exc()
+            found = None
+        plain = isinstance(found, float | str | int) or name.endswith(("GB/s", "float64"))
+        print(f"{name}: {self.failed.get(name) or (found if plain else 'done')}", flush=True)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return found
+
+    def bandwidth(self) -> float:
+        """GB/s that a copy within the device reads and writes, together."""
+        n = 2**30 if self.device.type == "cuda" else 2**24
+        a, b = (torch.empty(n, dtype=torch.float32, device=self.device) for _ in range(2))
+        return 8 * n / self.seconds(lambda: b.copy_(a)) / 1e9
+
+
+def random_weights(config: llama3.Config, device: torch.device) -> dict[str, Tensor]:
+    """Weights of the size that training gives them, in bfloat16, made on the device."""
+    generator, weights = torch.Generator(device).manual_seed(0), {}
+    for name, shape in llama3.weight_shapes(config).items():
+        w = torch.ones(shape, dtype=torch.bfloat16, device=device)
+        weights[name] = (
+            w if len(shape) == 1 else w.normal_(0, shape[1] ** -0.5, generator=generator)
+        )
+    return weights
+
+
+def prompt_of(n: int, config: llama3.Config) -> list[int]:
+    generator = torch.Generator().manual_seed(n)
+    return torch.randint(0, config.vocab_size, (n,), generator=generator).tolist()
+
+
+def size_of(weights: dict[str, Any]) -> int:
+    """The bytes that a token reads: all but the embeddings."""
+    held = (w.raw if isinstance(w, Blocks) else w for n, w in weights.items() if "embed" not in n)
+    return sum(w.numel() * w.itemsize for w in held)
+
+
+# --- is it right ----------------------------------------------------------------------------------
+
+
+def differences(device: torch.device) -> dict[str, float]:
+    """How far logits of the demo are from those of float64 on the processor, of the largest."""
+    config, found = llama3.load_config(ROOT / "demo"), {}
+    stored = llama3.load_weights(ROOT / "demo", config, dtype=torch.float32)
+    tokens = torch.tensor(prompt_of(200, config))
+    exact = {name: w.double() for name, w in stored.items()}
+    expected = llama3.forward(tokens, exact, config).double()
+    for dtype in (torch.float32, torch.bfloat16):
+        weights = {name: w.to(device, dtype) for name, w in stored.items()}
+        logits = llama3.forward(tokens.to(device), weights, config).double().cpu()
+        name = str(dtype).removeprefix("torch.")
+        found[name] = ((logits - expected).abs().max() / expected.abs().max()).item()
+    return found
+
+
+def answer(device: torch.device) -> str:
+    """What the demo says, token by token, with recorded steps where there are any."""
+    source = formats.open(ROOT / "demo")
+    weights, tokenizer = source.load_weights(device), source.tokenizer()
+    text = "the answer to the ultimate question of life, the universe, and everything is"
+    prompt, stop = tokenizer_setup.encode(tokenizer, text), tokenizer_setup.stop_tokens(tokenizer)
+    kind = CapturedSession if device.type == "cuda" else llama3.Session
+    session = kind(weights, source.config)
+    options = {"max_new_tokens": 8, "stop_tokens": stop, "session": session}
+    new = llama3.generate(prompt, weights, source.config, **options)
+    return "".join(tokenizer_setup.decode_stream(tokenizer, new))
+
+
+def same_tokens(weights: dict[str, Any], config: llama3.Config) -> int:
+    """How many of 64 greedy tokens are the same with recorded steps and without."""
+    texts = []
+    for kind in (llama3.Session, CapturedSession):
+        session = kind(weights, config)
+        prompt = prompt_of(100, config)
+        steps = llama3.generate(prompt, weights, config, max_new_tokens=64, session=session)
+        texts.append([*steps])
+        if getattr(session, "captures", True) is False:
+            raise RuntimeError("no step could be recorded")
+    return sum(a == b for a, b in zip(*texts, strict=True))
+
+
+# --- how fast -------------------------------------------------------------------------------------
+
+
+def prefill(bench: Bench, weights: dict[str, Any], config: llama3.Config, n: int) -> float:
+    """Seconds for a prompt of n tokens, up to its first new token."""
+    prompt = prompt_of(n, config)
+    config = config._replace(max_seq_len=n + 8)
+    return bench.seconds(
+        lambda: next(llama3.generate(prompt, weights, config, max_new_tokens=1)), 3
+    )
+
+
+def decode(
+    bench: Bench, weights: dict[str, Any], config: llama3.Config, length: int, kind: type
+) -> float:
+    """Seconds for a token after so many, each chosen from the one before."""
+    session = kind(weights, config)
+    session.reserve(length + STEPS + 8)
+    token = torch.tensor([[7]], device=bench.device)
+
+    def steps() -> None:
+        session.tokens = torch.zeros(1, length, dtype=torch.int64, device=bench.device)
+        chosen = token
+        for _ in range(STEPS):
+            chosen = session.read(chosen)[:, -1].argmax(-1, keepdim=True)
+            chosen.item()  # as a program that prints it
+
+    return bench.seconds(steps, 3) / STEPS
+
+
+def transformers_model(config: llama3.Config, device: torch.device) -> Any:
+    """transformers' Llama of the same sizes, with weights of its own, in bfloat16."""
+    import transformers
+
+    sizes = transformers.LlamaConfig(
+        hidden_size=config.dim,
+        intermediate_size=config.ffn_dim,
+        num_hidden_layers=config.n_layers,
+        num_attention_heads=config.n_heads,
+        num_key_value_heads=config.n_kv_heads,
+        vocab_size=config.vocab_size,
+        max_position_embeddings=config.max_seq_len,
+        attn_implementation="eager",
+    )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with device:
+            return transformers.LlamaForCausalLM(sizes).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+@torch.inference_mode()
+def transformers_prefill(bench: Bench, model: Any, config: llama3.Config, n: int) -> float:
+    tokens = torch.tensor([prompt_of(n, config)], device=bench.device)
+    return bench.seconds(lambda: model(tokens, logits_to_keep=1).logits.argmax(-1).item(), 3)
+
+
+@torch.inference_mode()
+def transformers_decode(bench: Bench, model: Any, config: llama3.Config, length: int) -> float:
+    tokens = torch.tensor([prompt_of(length, config)], device=bench.device)
+
+    def steps() -> None:
+        cache = model(tokens, use_cache=True, logits_to_keep=1).past_key_values
+        bench.finished()
+        start, chosen = time.perf_counter(), tokens[:, -1:]
+        for _ in range(STEPS):
+            out = model(chosen, past_key_values=cache, use_cache=True)
+            chosen = out.logits[:, -1].argmax(-1, keepdim=True)
+            chosen.item()
+        times.append(time.perf_counter() - start)
+
+    times: list[float] = []
+    bench.seconds(steps, 3)
+    return statistics.median(times[1:]) / STEPS
+
+
+# --- memory and loading ---------------------------------------------------------------------------
+
+
+def peak_gb(bench: Bench, weights: dict[str, Any], config: llama3.Config) -> float:
+    """GB on the card at most, for weights, a prompt of 1,024 tokens and 32 more."""
+    torch.cuda.reset_peak_memory_stats(bench.device)
+    session = CapturedSession(weights, config)
+    prompt = prompt_of(1024, config)
+    [*llama3.generate(prompt, weights, config, max_new_tokens=32, session=session)]
+    return torch.cuda.max_memory_allocated(bench.device) / 1e9
+
+
+def loading(bench: Bench, weights: dict[str, Tensor]) -> dict[str, float]:
+    """GB/s from a file in the page cache to the device: through pinned memory, and without."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "weights.pth")
+        torch.save({name: w.cpu() for name, w in weights.items()}, path)
+        stored, found = torch.load(path, mmap=True, weights_only=True), {}
+        size = sum(w.numel() * w.itemsize for w in stored.values())
+        for name, move in [("pinned", to_device), ("plain", lambda w, device: w.to(device))]:
+            load = lambda move=move: [move(w, bench.device) for w in stored.values()]  # noqa: E731
+            found[name] = size / bench.seconds(load, 2) / 1e9
+    return found
+
+
+# --- quantized weights ----------------------------------------------------------------------------
+
+
+def quantized(weights: dict[str, Tensor], kind: str) -> dict[str, Any]:
+    """The same, matrices as blocks on their device; the embeddings as they are."""
+    made: dict[str, Any] = dict(weights)
+    for name, w in weights.items():
+        if w.dim() == 2 and "embed" not in name:
+            made[name] = Blocks(to_blocks(w.cpu(), kind).to(w.device), kind)
+    return made
+
+
+def packed_products(bench: Bench) -> dict[str, float]:
+    """GB/s of weights in PyTorch's own products of one vector and packed integers."""
+    rows, inputs, found = 14336, 4096, {}
+    x = torch.randn(1, inputs, dtype=torch.bfloat16, device=bench.device)
+    w = torch.randn(rows, inputs, dtype=torch.bfloat16, device=bench.device)
+    found["bfloat16"] = 2 * w.numel() / bench.seconds(lambda: x @ w.T, 20) / 1e9
+    try:
+        q, scales = w.to(torch.int8), torch.ones(rows, dtype=torch.bfloat16, device=bench.device)
+        product = torch.ops.aten._weight_int8pack_mm
+        found["int8"] = w.numel() / bench.seconds(lambda: product(x, q, scales), 20) / 1e9
+    except Exception as error:
+        print(f"_weight_int8pack_mm: {error}".splitlines()[0])
+    try:
+        q = torch.randint(0, 256, (rows, inputs // 2), dtype=torch.uint8, device=bench.device)
+        packed = torch.ops.aten._convert_weight_to_int4pack(q, 8)
+        groups = torch.ones(inputs // 32, rows, 2, dtype=torch.bfloat16, device=bench.device)
+        product = torch.ops.aten._weight_int4pack_mm
+        found["int4"] = (
+            w.numel() / 2 / bench.seconds(lambda: product(x, packed, 32, groups), 20) / 1e9
+        )
+    except Exception as error:
+        print(f"_weight_int4pack_mm: {error}".splitlines()[0])
+    return found
+
+
+# --- all of it ------------------------------------------------------------------------------------
+
+
+def of_size(bench: Bench, size: str, copy: float | None, others: bool) -> None:
+    """All rows of a size."""
+    config = llama3.config_from_params(SIZES[size])
+    weights = bench.measure(f"{size}: made", lambda: random_weights(config, bench.device))
+    if weights is None:
+        return
+    bench.rows[f"{size}: made"] = f"{size_of(weights) / 1e9:.1f} GB"
+    for n in PREFILLS:
+        bench.measure(f"{size}: prefill {n}", lambda n=n: prefill(bench, weights, config, n))
+    kinds = {"": llama3.Session}
+    if bench.device.type == "cuda":
+        kinds["recorded "] = CapturedSession
+        bench.measure(f"{size}: same tokens of 64", lambda: same_tokens(weights, config))
+        bench.measure(f"{size}: peak GB", lambda: peak_gb(bench, weights, config))
+    for length in CONTEXTS:
+        for name, kind in kinds.items():
+            row = f"{size}: {name}decode {length}"
+            found = bench.measure(
+                row, lambda n=length, kind=kind: decode(bench, weights, config, n, kind)
+            )
+            if found and copy:
+                share = size_of(weights) / found / 1e9 / copy
+                bench.rows[f"{row}, share of a copy's rate"] = share
+    if size != "8b":
+        bench.measure(f"{size}: loading GB/s", lambda: loading(bench, weights))
+        for kind in ("Q8_0", "Q4_0"):
+            blocks = bench.measure(f"{size}: {kind} made", lambda k=kind: quantized(weights, k))
+            if blocks is not None:
+                bench.rows[f"{size}: {kind} made"] = f"{size_of(blocks) / 1e9:.2f} GB"
+                bench.measure(
+                    f"{size}: {kind} decode 128",
+                    lambda b=blocks: decode(bench, b, config, 128, [*kinds.values()][-1]),
+                )
+    if others:
+        model = bench.measure(
+            f"{size}: transformers", lambda: transformers_model(config, bench.device)
+        )
+        if model is not None:
+            bench.rows[f"{size}: transformers"] = "eager attention"
+            for n in PREFILLS[:2]:
+                bench.measure(
+                    f"{size}: transformers prefill {n}",
+                    lambda n=n: transformers_prefill(bench, model, config, n),
+                )
+            for n in CONTEXTS:
+                bench.measure(
+                    f"{size}: transformers decode {n}",
+                    lambda n=n: transformers_decode(bench, model, config, n),
+                )
+
+
+def shown(name: str, value: Any) -> str:
+    """A row's value as the table has it."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {number:.3g}" for key, number in value.items())
+    if not isinstance(value, float):
+        return str(value)
+    if "prefill" in name:
+        return f"{value:.3f} s"
+    if "share" in name:
+        return f"{value:.0%}"
+    return (
+        f"{1000 * value:.2f} ms, {1 / value:.0f} tokens/s" if "decode" in name else f"{value:.3g}"
+    )
+
+
+def main(arguments: list[str] | None = None) -> Bench:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--sizes", default="1b,8b", help="of: " + ", ".join(SIZES))
+    parser.add_argument("--minutes", type=float, default=5.5, help="after which no step begins")
+    parser.add_argument("--no-transformers", action="store_true")
+    parser.add_argument("--out", type=Path, help="a file for the numbers, in JSON")
+    args = parser.parse_args(arguments)
+    device = torch.device(args.device)
+    cuda = device.type == "cuda"
+    bench = Bench(device, args.minutes)
+    torch.set_float32_matmul_precision("highest")
+    name = torch.cuda.get_device_name(device) if cuda else "a processor"
+    bench.rows["device"] = f"{name}, PyTorch {torch.__version__}"
+    print(bench.rows["device"])
+    copy = bench.measure("copy GB/s", bench.bandwidth)
+    bench.measure("demo: off from float64", lambda: differences(device))
+    bench.measure("demo: answer", lambda: answer(device))
+    if cuda:
+        bench.measure("products of one vector, GB/s", lambda: packed_products(bench))
+    for size in args.sizes.split(","):
+        of_size(bench, size, copy, not args.no_transformers)
+    print("\n| step | measured |\n|---|---|")
+    for row, value in bench.rows.items():
+        print(f"| {row} | {shown(row, value)} |")
+    for row, reason in bench.failed.items():
+        print(f"| {row} | failed: {reason} |")
+    if args.out:
+        args.out.write_text(json.dumps({"rows": bench.rows, "failed": bench.failed}, indent=1))
+    return bench
+
+
+if __name__ == "__main__":
+    main()
