@@ -100,6 +100,9 @@ def main() -> None:
     os.environ.pop("LLAMA3_CKPT_DIR", None)
     for name in NOTEBOOKS:
         run(HERE.parent / name)
+    from demo import chinese  # which needs NOTEBOOKS
+
+    chinese.main()
 
 
 if __name__ == "__main__":
