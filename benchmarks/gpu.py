@@ -8,6 +8,7 @@ one line of the table. Prints the table for docs/speed.md and writes its numbers
 """
 
 import argparse
+import inspect
 import json
 import statistics
 import sys
@@ -15,6 +16,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +45,23 @@ SIZES = {
 PREFILLS, CONTEXTS, TURNS, STEPS = (128, 1024, 8192), (128, 1024), 5, 32
 
 
+def is_plain(value: Any) -> bool:
+    """Whether a row is a number, a text, or some numbers by name."""
+    values = value.values() if isinstance(value, dict) else [value]
+    return all(isinstance(v, float | int | str) for v in values)
+
+
+def recorded(session: llama3.Session) -> None:
+    """Raise RuntimeError if a session was to record its steps and could not."""
+    if getattr(session, "captures", True) is False:
+        raise RuntimeError("no step could be recorded")
+
+
 class Bench:
     """A device, what was measured on it, and what failed."""
 
-    def __init__(self, device: torch.device, minutes: float) -> None:
-        self.device, self.rows, self.failed = device, {}, {}
+    def __init__(self, device: torch.device, minutes: float, out: Path | None = None) -> None:
+        self.device, self.rows, self.failed, self.out = device, {}, {}, out
         self.until = time.monotonic() + 60 * minutes
 
     def finished(self) -> None:
@@ -76,17 +90,25 @@ class Bench:
             self.failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             traceback.print_exc()
             found = None
-        plain = isinstance(found, float | str | int) or name.endswith(("GB/s", "float64"))
-        print(f"{name}: {self.failed.get(name) or (found if plain else 'done')}", flush=True)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        shown = found if is_plain(found) else "done"
+        print(f"{name}: {self.failed.get(name) or shown}", flush=True)
+        with suppress(RuntimeError):  # after a recording that failed
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        self.save()
         return found
+
+    def save(self) -> None:
+        """Write what there is so far."""
+        if self.out:
+            rows = {name: value for name, value in self.rows.items() if is_plain(value)}
+            self.out.write_text(json.dumps({"rows": rows, "failed": self.failed}, indent=1))
 
     def bandwidth(self) -> float:
         """GB/s that a copy within the device reads and writes, together."""
         n = 2**30 if self.device.type == "cuda" else 2**24
         a, b = (torch.empty(n, dtype=torch.float32, device=self.device) for _ in range(2))
-        return 8 * n / self.seconds(lambda: b.copy_(a)) / 1e9
+        return 8 * n / self.seconds(lambda: b.copy_(a), 50) / 1e9
 
 
 def random_weights(config: llama3.Config, device: torch.device) -> dict[str, Tensor]:
@@ -138,7 +160,8 @@ def answer(device: torch.device) -> str:
     kind = CapturedSession if device.type == "cuda" else llama3.Session
     session = kind(weights, source.config)
     options = {"max_new_tokens": 8, "stop_tokens": stop, "session": session}
-    new = llama3.generate(prompt, weights, source.config, **options)
+    new = [*llama3.generate(prompt, weights, source.config, **options)]
+    recorded(session)
     return "".join(tokenizer_setup.decode_stream(tokenizer, new))
 
 
@@ -150,8 +173,7 @@ def same_tokens(weights: dict[str, Any], config: llama3.Config) -> int:
         prompt = prompt_of(100, config)
         steps = llama3.generate(prompt, weights, config, max_new_tokens=64, session=session)
         texts.append([*steps])
-        if getattr(session, "captures", True) is False:
-            raise RuntimeError("no step could be recorded")
+        recorded(session)
     return sum(a == b for a, b in zip(*texts, strict=True))
 
 
@@ -182,10 +204,30 @@ def decode(
             chosen = session.read(chosen)[:, -1].argmax(-1, keepdim=True)
             chosen.item()  # as a program that prints it
 
-    return bench.seconds(steps, 3) / STEPS
+    found = bench.seconds(steps, 3) / STEPS
+    recorded(session)
+    return found
 
 
-def transformers_model(config: llama3.Config, device: torch.device) -> Any:
+def generate(bench: Bench, weights: dict[str, Any], config: llama3.Config, kind: type) -> float:
+    """Seconds for a token as the command makes it: 64 after a prompt of 128, by llama3.generate."""
+    session, prompt = kind(weights, config), prompt_of(128, config)
+
+    def text() -> None:
+        steps = llama3.generate(prompt, weights, config, max_new_tokens=65, session=session)
+        next(steps)
+        bench.finished()
+        start = time.perf_counter()
+        list(steps)
+        times.append(time.perf_counter() - start)
+
+    times: list[float] = []
+    bench.seconds(text, 2)
+    recorded(session)
+    return statistics.median(times[1:]) / 64
+
+
+def transformers_model(config: llama3.Config, device: torch.device, attention: str) -> Any:
     """transformers' Llama of the same sizes, with weights of its own, in bfloat16."""
     import transformers
 
@@ -197,7 +239,7 @@ def transformers_model(config: llama3.Config, device: torch.device) -> Any:
         num_key_value_heads=config.n_kv_heads,
         vocab_size=config.vocab_size,
         max_position_embeddings=config.max_seq_len,
-        attn_implementation="eager",
+        attn_implementation=attention,
     )
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
@@ -217,13 +259,15 @@ def transformers_prefill(bench: Bench, model: Any, config: llama3.Config, n: int
 @torch.inference_mode()
 def transformers_decode(bench: Bench, model: Any, config: llama3.Config, length: int) -> float:
     tokens = torch.tensor([prompt_of(length, config)], device=bench.device)
+    named = inspect.signature(model.forward).parameters
+    key = "cache" if "cache" in named else "past_key_values"
 
     def steps() -> None:
-        cache = model(tokens, use_cache=True, logits_to_keep=1).past_key_values
+        cache = getattr(model(tokens, use_cache=True, logits_to_keep=1), key)
         bench.finished()
         start, chosen = time.perf_counter(), tokens[:, -1:]
         for _ in range(STEPS):
-            out = model(chosen, past_key_values=cache, use_cache=True)
+            out = model(chosen, use_cache=True, **{key: cache})
             chosen = out.logits[:, -1].argmax(-1, keepdim=True)
             chosen.item()
         times.append(time.perf_counter() - start)
@@ -236,13 +280,16 @@ def transformers_decode(bench: Bench, model: Any, config: llama3.Config, length:
 # --- memory and loading ---------------------------------------------------------------------------
 
 
-def peak_gb(bench: Bench, weights: dict[str, Any], config: llama3.Config) -> float:
-    """GB on the card at most, for weights, a prompt of 1,024 tokens and 32 more."""
+def peak_gb(bench: Bench, weights: dict[str, Any], config: llama3.Config) -> dict[str, float]:
+    """GB at most for weights, a prompt of 1,024 tokens and 32 more: in tensors, and on the card."""
     torch.cuda.reset_peak_memory_stats(bench.device)
     session = CapturedSession(weights, config)
     prompt = prompt_of(1024, config)
     [*llama3.generate(prompt, weights, config, max_new_tokens=32, session=session)]
-    return torch.cuda.max_memory_allocated(bench.device) / 1e9
+    recorded(session)
+    free, total = torch.cuda.mem_get_info(bench.device)
+    tensors = torch.cuda.max_memory_allocated(bench.device)
+    return {"tensors": tensors / 1e9, "card": (total - free) / 1e9}
 
 
 def loading(bench: Bench, weights: dict[str, Tensor]) -> dict[str, float]:
@@ -250,11 +297,15 @@ def loading(bench: Bench, weights: dict[str, Tensor]) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "weights.pth")
         torch.save({name: w.cpu() for name, w in weights.items()}, path)
-        stored, found = torch.load(path, mmap=True, weights_only=True), {}
-        size = sum(w.numel() * w.itemsize for w in stored.values())
-        for name, move in [("pinned", to_device), ("plain", lambda w, device: w.to(device))]:
-            load = lambda move=move: [move(w, bench.device) for w in stored.values()]  # noqa: E731
-            found[name] = size / bench.seconds(load, 2) / 1e9
+        size, found = sum(w.numel() * w.itemsize for w in weights.values()), {}
+
+        def load(move: Callable[[Tensor, torch.device], Tensor]) -> None:
+            stored = torch.load(path, mmap=True, weights_only=True)  # each time with new pages
+            for w in stored.values():
+                move(w, bench.device)
+
+        for name, move in [("pinned", to_device), ("plain", torch.Tensor.to)]:
+            found[name] = size / bench.seconds(lambda move=move: load(move), 2) / 1e9
     return found
 
 
@@ -271,27 +322,41 @@ def quantized(weights: dict[str, Tensor], kind: str) -> dict[str, Any]:
 
 
 def packed_products(bench: Bench) -> dict[str, float]:
-    """GB/s of weights in PyTorch's own products of one vector and packed integers."""
-    rows, inputs, found = 14336, 4096, {}
-    x = torch.randn(1, inputs, dtype=torch.bfloat16, device=bench.device)
-    w = torch.randn(rows, inputs, dtype=torch.bfloat16, device=bench.device)
-    found["bfloat16"] = 2 * w.numel() / bench.seconds(lambda: x @ w.T, 20) / 1e9
-    try:
-        q, scales = w.to(torch.int8), torch.ones(rows, dtype=torch.bfloat16, device=bench.device)
-        product = torch.ops.aten._weight_int8pack_mm
-        found["int8"] = w.numel() / bench.seconds(lambda: product(x, q, scales), 20) / 1e9
-    except Exception as error:
-        print(f"_weight_int8pack_mm: {error}".splitlines()[0])
-    try:
-        q = torch.randint(0, 256, (rows, inputs // 2), dtype=torch.uint8, device=bench.device)
-        packed = torch.ops.aten._convert_weight_to_int4pack(q, 8)
-        groups = torch.ones(inputs // 32, rows, 2, dtype=torch.bfloat16, device=bench.device)
-        product = torch.ops.aten._weight_int4pack_mm
-        found["int4"] = (
-            w.numel() / 2 / bench.seconds(lambda: product(x, packed, 32, groups), 20) / 1e9
-        )
-    except Exception as error:
-        print(f"_weight_int4pack_mm: {error}".splitlines()[0])
+    """GB/s of weights in PyTorch's own products of one vector, of bfloat16 and of packed integers.
+
+    Of several matrices in turns, so that none stays in the card's cache, and many launches between
+    two looks at the clock.
+    """
+    rows, inputs, n, device = 14336, 4096, 12, bench.device
+    x = torch.randn(1, inputs, dtype=torch.bfloat16, device=device)
+    found: dict[str, float] = {}
+
+    def rate(
+        name: str, size: float, make: Callable[[], Any], product: Callable[[Any], Any]
+    ) -> None:
+        try:
+            many = [make() for _ in range(n)]
+            turns = lambda: [product(w) for _ in range(8) for w in many]  # noqa: E731
+            found[name] = 8 * n * size / bench.seconds(turns) / 1e9
+        except Exception as error:
+            print(f"products of {name}: {error}".splitlines()[0])
+
+    half = lambda *shape: torch.ones(shape, dtype=torch.bfloat16, device=device)  # noqa: E731
+    rate("bfloat16", 2 * rows * inputs, lambda: half(rows, inputs), lambda w: x @ w.T)
+    scales, groups = half(rows), half(inputs // 32, rows, 2)
+    rate(
+        "int8",
+        rows * inputs,
+        lambda: half(rows, inputs).to(torch.int8),
+        lambda w: torch.ops.aten._weight_int8pack_mm(x, w, scales),
+    )
+    halves = torch.ones(rows, inputs // 2, dtype=torch.uint8, device=device)
+    rate(
+        "int4",
+        rows * inputs / 2,
+        lambda: torch.ops.aten._convert_weight_to_int4pack(halves, 8),
+        lambda w: torch.ops.aten._weight_int4pack_mm(x, w, 32, groups),
+    )
     return found
 
 
@@ -321,6 +386,11 @@ def of_size(bench: Bench, size: str, copy: float | None, others: bool) -> None:
             if found and copy:
                 share = size_of(weights) / found / 1e9 / copy
                 bench.rows[f"{row}, share of a copy's rate"] = share
+    for name, kind in kinds.items():
+        bench.measure(
+            f"{size}: {name}decode as generated",
+            lambda kind=kind: generate(bench, weights, config, kind),
+        )
     if size != "8b":
         bench.measure(f"{size}: loading GB/s", lambda: loading(bench, weights))
         for kind in ("Q8_0", "Q4_0"):
@@ -331,22 +401,23 @@ def of_size(bench: Bench, size: str, copy: float | None, others: bool) -> None:
                     f"{size}: {kind} decode 128",
                     lambda b=blocks: decode(bench, b, config, 128, [*kinds.values()][-1]),
                 )
-    if others:
-        model = bench.measure(
-            f"{size}: transformers", lambda: transformers_model(config, bench.device)
-        )
-        if model is not None:
-            bench.rows[f"{size}: transformers"] = "eager attention"
-            for n in PREFILLS[:2]:
-                bench.measure(
-                    f"{size}: transformers prefill {n}",
-                    lambda n=n: transformers_prefill(bench, model, config, n),
-                )
-            for n in CONTEXTS:
-                bench.measure(
-                    f"{size}: transformers decode {n}",
-                    lambda n=n: transformers_decode(bench, model, config, n),
-                )
+    for attention in ("eager", "sdpa") if others else ():
+        name = f"{size}: transformers, {attention}"
+        model = bench.measure(name, lambda a=attention: transformers_model(config, bench.device, a))
+        if model is None:
+            continue
+        bench.rows[name] = "made"
+        for n in PREFILLS[:2]:
+            bench.measure(
+                f"{name}: prefill {n}",
+                lambda n=n, m=model: transformers_prefill(bench, m, config, n),
+            )
+        for n in CONTEXTS:
+            bench.measure(
+                f"{name}: decode {n}",
+                lambda n=n, m=model: transformers_decode(bench, m, config, n),
+            )
+        del model
 
 
 def shown(name: str, value: Any) -> str:
@@ -367,14 +438,14 @@ def shown(name: str, value: Any) -> str:
 def main(arguments: list[str] | None = None) -> Bench:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--sizes", default="1b,8b", help="of: " + ", ".join(SIZES))
+    parser.add_argument("--sizes", default="8b,1b", help="of: " + ", ".join(SIZES))
     parser.add_argument("--minutes", type=float, default=5.5, help="after which no step begins")
     parser.add_argument("--no-transformers", action="store_true")
     parser.add_argument("--out", type=Path, help="a file for the numbers, in JSON")
     args = parser.parse_args(arguments)
     device = torch.device(args.device)
     cuda = device.type == "cuda"
-    bench = Bench(device, args.minutes)
+    bench = Bench(device, args.minutes, args.out)
     torch.set_float32_matmul_precision("highest")
     name = torch.cuda.get_device_name(device) if cuda else "a processor"
     bench.rows["device"] = f"{name}, PyTorch {torch.__version__}"
@@ -382,17 +453,16 @@ def main(arguments: list[str] | None = None) -> Bench:
     copy = bench.measure("copy GB/s", bench.bandwidth)
     bench.measure("demo: off from float64", lambda: differences(device))
     bench.measure("demo: answer", lambda: answer(device))
-    if cuda:
-        bench.measure("products of one vector, GB/s", lambda: packed_products(bench))
     for size in args.sizes.split(","):
         of_size(bench, size, copy, not args.no_transformers)
+    if cuda:  # last: what fails on a card may leave it unusable
+        bench.measure("products of one vector, GB/s", lambda: packed_products(bench))
     print("\n| step | measured |\n|---|---|")
     for row, value in bench.rows.items():
         print(f"| {row} | {shown(row, value)} |")
     for row, reason in bench.failed.items():
         print(f"| {row} | failed: {reason} |")
-    if args.out:
-        args.out.write_text(json.dumps({"rows": bench.rows, "failed": bench.failed}, indent=1))
+    bench.save()
     return bench
 
 

@@ -20,21 +20,20 @@ LENGTHS = 256  # of the cache, in which there are graphs
 CLOSE = 0.02  # how far logits may be from those of forward, of the largest: a few roundings
 
 
-def record(function: Callable[[], Tensor], pool: Any = None) -> Callable[[], Tensor]:
+def record(function: Callable[[], Tensor], stream: Any, pool: Any) -> Callable[[], Tensor]:
     """A function's work on the current CUDA device, recorded; what it returns is the same tensor.
 
-    It runs before, on a stream of its own, so that nothing is left to be chosen or set up. pool: of
-    memory that graphs share, which run one after the other.
+    It runs once before on the same stream, so that what is set up at first, such as the workspace
+    of products, is not in the pool of memory that graphs share, which run one after the other.
     """
-    now, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-    aside.wait_stream(now)
-    with torch.cuda.stream(aside):
-        for _ in range(3):
-            function()
-    now.wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        result = function()
+    now = torch.cuda.current_stream()
+    stream.wait_stream(now)
+    with torch.cuda.stream(stream):  # which is left again also if recording fails
+        function()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            result = function()
+    now.wait_stream(stream)
 
     def again() -> Tensor:
         graph.replay()
@@ -55,7 +54,8 @@ class CapturedSession(llama3.Session):
         self.token = self.tokens.new_zeros(1, 1)
         self.position = self.tokens.new_zeros(1)
         self.graphs: dict[int, Callable[[], Tensor]] = {}
-        self.pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
+        self.stream = torch.cuda.Stream(self.token.device) if self.token.is_cuda else None
+        self.pool: Any = None
         # Other families' divisors of frequencies are copied from the processor at each step.
         self.captures = config.rope_divisors is None
 
@@ -63,7 +63,7 @@ class CapturedSession(llama3.Session):
         """Make room for `length` tokens, and up to a whole number of LENGTHS."""
         cache = self.cache
         super().reserve(-(-length // LENGTHS) * LENGTHS)
-        if self.cache is not cache:  # at other addresses
+        if self.cache is not cache:  # at other addresses. Not one of them goes without the others
             self.graphs.clear()
 
     def graph(self, length: int) -> Callable[[], Tensor]:
@@ -73,8 +73,16 @@ class CapturedSession(llama3.Session):
             where = {"positions": self.position, "cache": self.cache[..., :length, :]}
             return llama3.forward(self.token, self.weights, self.config, **where)
 
+        token, position = self.token.clone(), self.position.clone()
         with torch.cuda.device_of(self.token):
-            expected, found = step(), record(step, self.pool)
+            if not self.graphs and self.token.is_cuda:  # a pool ends with the last graph in it
+                self.pool = torch.cuda.graph_pool_handle()
+            self.token.zero_()  # what is recorded must read these, and not know what they were
+            self.position.fill_(length - 1)  # of the cache, what is written later than read
+            found = record(step, self.stream, self.pool)
+            self.token.copy_(token)
+            self.position.copy_(position)
+            expected = step()
             difference = (found() - expected).abs().max()
         if not difference <= CLOSE * expected.abs().max():
             raise RuntimeError(f"its logits differ by {difference:.2g}")
@@ -84,7 +92,8 @@ class CapturedSession(llama3.Session):
     def read(self, tokens: Tensor, **options: Any) -> Tensor:
         """Read the next tokens, [1, T]: -> logits."""
         end = self.tokens.shape[1] + tokens.shape[1]
-        if not self.captures or tokens.shape[1] > 1 or end > self.cache.shape[-2]:
+        alone = tokens.shape[1] == 1 and options.get("starts") is None
+        if not self.captures or not alone or end > self.cache.shape[-2]:
             return super().read(tokens, **options)
         self.token.copy_(tokens)
         self.position.fill_(end - 1)

@@ -78,7 +78,8 @@ def check_memory(
     free = free_bytes(device) / (ranks.ranks_here() if device.type == "cpu" else 1)
     position = 2 * config.n_layers * config.n_kv_heads * config.head_dim * dtype.itemsize * batch
     block = batch * min(prompt, llama3.PREFILL_TOKENS)
-    scores = 10 * min(config.n_heads * block * prompt, batch * llama3.SCORES_AT_ONCE)
+    at_once = batch * llama3.SCORES_AT_ONCE << 5 * (device.type == "cuda")
+    scores = 10 * min(config.n_heads * block * prompt, at_once)
     work = scores + block * (3 * config.ffn_dim + 8 * config.dim) * dtype.itemsize
     parts = {"weights": size, "cache": position * (prompt + new), "work": work}
     needed = sum(parts.values())

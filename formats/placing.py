@@ -2,28 +2,26 @@
 
 import functools
 import itertools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 CHUNK = 2**26  # bytes copied at a time
+Buffers = Iterator[tuple[Tensor, torch.cuda.Event]]
 
 
 @functools.cache
-def _pinned() -> list[tuple[Tensor, torch.cuda.Event]]:
-    """Two buffers in memory that a GPU copies from by itself, and when it was done with each."""
-    return [
-        (torch.empty(CHUNK, dtype=torch.uint8, pin_memory=True), torch.cuda.Event())
-        for _ in range(2)
-    ]
+def _pinned(device: torch.device) -> Buffers:
+    """Two buffers that a GPU copies from by itself, in turns, and when it was done with each."""
+    buffers = (torch.empty(CHUNK, dtype=torch.uint8, pin_memory=True) for _ in range(2))
+    return itertools.cycle([(buffer, torch.cuda.Event()) for buffer in buffers])
 
 
-def copy_through(
-    source: Tensor, target: Tensor, buffers: list[tuple[Tensor, torch.cuda.Event]]
-) -> None:
+def copy_through(source: Tensor, target: Tensor, buffers: Buffers) -> None:
     """Copy bytes to a device, a buffer being filled while another is on its way."""
-    parts = zip(source.split(CHUNK), target.split(CHUNK), itertools.cycle(buffers), strict=False)
-    for part, to, (buffer, done) in parts:
+    for part, to in zip(source.split(CHUNK), target.split(CHUNK), strict=True):
+        buffer, done = next(buffers)
         done.synchronize()
         to.copy_(buffer[: len(part)].copy_(part), non_blocking=True)
         done.record()
@@ -35,5 +33,5 @@ def to_device(w: Tensor, device: torch.device) -> Tensor:
         return w.to(device)
     placed = torch.empty_like(w, device=device)
     with torch.cuda.device_of(placed):
-        copy_through(*(x.flatten().view(torch.uint8) for x in (w, placed)), _pinned())
+        copy_through(*(x.flatten().view(torch.uint8) for x in (w, placed)), _pinned(device))
     return placed

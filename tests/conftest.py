@@ -180,6 +180,15 @@ def no_checkpoint_from_the_environment(monkeypatch):
     monkeypatch.delenv("LLAMA3_CKPT_DIR", raising=False)
 
 
+@pytest.fixture(autouse=True)
+def on_the_processor(request, monkeypatch):
+    """All tests but those of test_device.py, whatever the machine has."""
+    if request.module.__name__ != "test_device":
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # of processes that are started
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+
+
 @pytest.fixture
 def tried(monkeypatch):
     """The parts that are built, in the place of which their functions run as they are."""

@@ -5,6 +5,8 @@ Limits: float32 within 2e-5 of double precision, of the largest logit; bfloat16 
 few roundings of 0.4% and 0.05%. On the device "meta" only shapes are looked at.
 """
 
+import gc
+
 import pytest
 import torch
 from conftest import DEMO, apart, config_of, random_blocks, random_tokens, random_weights
@@ -16,6 +18,7 @@ import cli.main
 import formats
 import llama3
 import tokenizer_setup
+from cli.capture import CapturedSession
 from formats.blocks import DEQUANTIZE, SIZES, Blocks
 
 LIMITS = {torch.float32: 2e-5, torch.bfloat16: 0.04, torch.float16: 0.005}
@@ -129,7 +132,7 @@ def test_the_demo_answers_there(device, numbers, dtype):
     "options",
     [
         ["--no-compile"],
-        ["--max-new-tokens", "300"],  # over several lengths of the cache
+        ["--max-new-tokens", "300"],
         ["--dtype", "float32", "--quantize", "Q8_0"],
         ["--temperature", "0.8", "--seed", "1", "--top-k", "40", "--min-p", "0.05"],
     ],
@@ -141,10 +144,32 @@ def test_the_command_writes_what_it_writes_on_the_processor(device, numbers, cap
     texts = []
     for name in (str(device), "cpu"):
         assert cli.main.main([*command, "--device", name]) == 0
-        texts.append(capsys.readouterr().out)
+        out, err = capsys.readouterr()
+        texts.append(out)
+        assert "cannot be captured" not in err
     assert texts[0].strip()
     if "--temperature" not in options:  # where each device draws its own numbers
         assert texts[0] == texts[1]
+
+
+def test_recorded_steps_say_what_plain_ones_say_while_the_cache_moves(tmp_path, device, numbers):
+    if device.type != "cuda":
+        pytest.skip("steps are recorded on CUDA devices alone")
+    weights, config = made(tmp_path, device)
+    prompt = random_tokens(config, 100).tolist()
+    texts, sessions = [], []
+    for kind in (llama3.Session, CapturedSession, CapturedSession):
+        session = kind(weights, config)
+        steps = llama3.generate(prompt, weights, config, max_new_tokens=600, session=session)
+        texts.append([*steps])
+        sessions.append(session)
+    assert texts[0] == texts[1] == texts[2]
+    assert all(session.captures for session in sessions[1:])
+    del sessions[1], session
+    gc.collect()
+    torch.cuda.empty_cache()
+    again = llama3.generate(prompt, weights, config, max_new_tokens=600, session=sessions[1])
+    assert [*again] == texts[0]
 
 
 class Types(TorchDispatchMode):

@@ -27,9 +27,33 @@ def test_each_step_is_a_row_and_one_that_fails_is_only_a_line(monkeypatch, tmp_p
     assert "| tiny: loading GB/s | failed: RuntimeError: out of memory |" in printed
     assert bench.rows["demo: answer"].strip() == "42"
     assert bench.rows["demo: off from float64"]["float32"] < 1e-5
-    for row in ("prefill 8", "decode 8", "Q4_0 decode 128", "transformers decode 8"):
+    timed = "prefill 8", "decode 8", "Q4_0 decode 128", "decode as generated"
+    for row in (*timed, "transformers, eager: decode 8", "transformers, sdpa: prefill 8"):
         assert saved["rows"][f"tiny: {row}"] > 0
     assert "tokens/s" in printed
+
+
+def test_numbers_are_kept_after_each_step_and_a_recording_that_failed_is_no_number(tmp_path):
+    bench = gpu.Bench(gpu.torch.device("cpu"), 1, tmp_path / "gpu.json")
+    bench.measure("first", lambda: 1.5)
+
+    class Fallen:
+        captures = False
+
+    bench.measure("second", lambda: gpu.recorded(Fallen()))
+    saved = json.loads((tmp_path / "gpu.json").read_text())
+    assert saved == {
+        "rows": {"first": 1.5},
+        "failed": {"second": "RuntimeError: no step could be recorded"},
+    }
+
+
+def test_loading_is_measured_from_new_pages():
+    config = gpu.llama3.config_from_params(gpu.SIZES["tiny"])
+    weights = gpu.random_weights(config, gpu.torch.device("cpu"))
+    found = gpu.loading(gpu.Bench(gpu.torch.device("cpu"), 1), weights)
+    assert found.keys() == {"pinned", "plain"}
+    assert min(found.values()) > 0
 
 
 def test_where_no_time_is_left_no_step_begins(capsys):

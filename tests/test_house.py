@@ -46,7 +46,7 @@ def test_imports_point_one_way(room):
 
 def test_only_the_star_has_more_than_300_lines():
     lines = {path.relative_to(ROOT): len(path.read_text().splitlines()) for path in PRODUCT}
-    assert sum(lines.values()) <= 5656
+    assert sum(lines.values()) <= 5664
     assert lines.pop(next(path for path in lines if path.name == "llama3.py")) <= 620, (
         "llama3.py is read in one sitting: what is not the model, generation or loading has a "
         "file of its own"
