@@ -155,6 +155,15 @@ def test_it_runs_on_a_quantized_gguf_file(tmp_path, name):
         assert found.names["next_token"] == first_token(path)
 
 
+@pytest.mark.parametrize("prompt", ["Hello", "你好", "a $x$ <|eot_id|> é"])
+@every_notebook
+def test_it_runs_on_another_prompt_and_head(name, prompt):
+    changes = {"from-part-1": {PROMPT: prompt}}
+    if name == PART_1:
+        changes = {"model": {PROMPT: prompt, "min(6,": "min(3,"}}
+    Run(name, changes=changes, draw="nothing")
+
+
 def test_tied_weights_are_counted_once(tmp_path, demo_weights):
     shutil.copy(DEMO / "params.json", tmp_path)
     shutil.copy(DEMO / "tokenizer.model", tmp_path)
