@@ -97,7 +97,7 @@ def show(figure: Figure, text: str) -> None:
     image = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba())
     few_colors = image.convert("RGB").quantize(128, Image.Quantize.FASTOCTREE, dither=0)
     made_by.add_text("Software", f"Matplotlib version{matplotlib.__version__}")
-    few_colors.save(file, format="png", optimize=True, pnginfo=made_by)
+    few_colors.save(file, format="png", compress_level=7, pnginfo=made_by)
     title = title_of(figure).replace("\n", " ")
     source = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
     size = f'width="{image.width // 2}" style="max-width: 100%"'
