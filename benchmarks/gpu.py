@@ -23,7 +23,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import run  # noqa: E402
 import torch  # noqa: E402
+from run import finished, prompt_of, random_weights, sizes_in_transformers  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import formats  # noqa: E402
@@ -33,14 +35,9 @@ from cli.capture import CapturedSession  # noqa: E402
 from formats.blocks import Blocks, to_blocks  # noqa: E402
 from formats.placing import to_device  # noqa: E402
 
-ROPE = {"norm_eps": 1e-05, "rope_theta": 500000.0}
-SIZES = {
+SIZES = {size: params for size, (params, _) in run.SIZES.items()} | {
     "tiny": {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 512}
-    | {"multiple_of": 32, **ROPE},
-    "1b": {"dim": 2048, "n_layers": 8, "n_heads": 32, "n_kv_heads": 8, "vocab_size": 128256}
-    | {"multiple_of": 256, "ffn_dim_multiplier": 1.5, **ROPE},
-    "8b": {"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "vocab_size": 128256}
-    | {"multiple_of": 1024, "ffn_dim_multiplier": 1.3, **ROPE},
+    | {"multiple_of": 32, **run.ROPE},
 }
 PREFILLS, CONTEXTS, TURNS, STEPS = (128, 1024, 8192), (128, 1024), 5, 32
 
@@ -64,18 +61,14 @@ class Bench:
         self.device, self.rows, self.failed, self.out = device, {}, {}, out
         self.until = time.monotonic() + 60 * minutes
 
-    def finished(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
     def seconds(self, function: Callable[[], Any], turns: int = TURNS) -> float:
         """The median of some turns, after one that does not count."""
         times = []
         for _ in range(1 + turns):
-            self.finished()
+            finished(self.device)
             start = time.perf_counter()
             function()
-            self.finished()
+            finished(self.device)
             times.append(time.perf_counter() - start)
         return statistics.median(times[1:])
 
@@ -111,22 +104,6 @@ class Bench:
         return 8 * n / self.seconds(lambda: b.copy_(a), 50) / 1e9
 
 
-def random_weights(config: llama3.Config, device: torch.device) -> dict[str, Tensor]:
-    """Weights of the size that training gives them, in bfloat16, made on the device."""
-    generator, weights = torch.Generator(device).manual_seed(0), {}
-    for name, shape in llama3.weight_shapes(config).items():
-        w = torch.ones(shape, dtype=torch.bfloat16, device=device)
-        weights[name] = (
-            w if len(shape) == 1 else w.normal_(0, shape[1] ** -0.5, generator=generator)
-        )
-    return weights
-
-
-def prompt_of(n: int, config: llama3.Config) -> list[int]:
-    generator = torch.Generator().manual_seed(n)
-    return torch.randint(0, config.vocab_size, (n,), generator=generator).tolist()
-
-
 def size_of(weights: dict[str, Any]) -> int:
     """The bytes that a token reads: all but the embeddings."""
     held = (w.raw if isinstance(w, Blocks) else w for n, w in weights.items() if "embed" not in n)
@@ -140,7 +117,7 @@ def differences(device: torch.device) -> dict[str, float]:
     """How far logits of the demo are from those of float64 on the processor, of the largest."""
     config, found = llama3.load_config(ROOT / "demo"), {}
     stored = llama3.load_weights(ROOT / "demo", config, dtype=torch.float32)
-    tokens = torch.tensor(prompt_of(200, config))
+    tokens = torch.tensor(prompt_of(200, config.vocab_size))
     exact = {name: w.double() for name, w in stored.items()}
     expected = llama3.forward(tokens, exact, config).double()
     for dtype in (torch.float32, torch.bfloat16):
@@ -170,7 +147,7 @@ def same_tokens(weights: dict[str, Any], config: llama3.Config) -> int:
     texts = []
     for kind in (llama3.Session, CapturedSession):
         session = kind(weights, config)
-        prompt = prompt_of(100, config)
+        prompt = prompt_of(100, config.vocab_size)
         steps = llama3.generate(prompt, weights, config, max_new_tokens=64, session=session)
         texts.append([*steps])
         recorded(session)
@@ -182,7 +159,7 @@ def same_tokens(weights: dict[str, Any], config: llama3.Config) -> int:
 
 def prefill(bench: Bench, weights: dict[str, Any], config: llama3.Config, n: int) -> float:
     """Seconds for a prompt of n tokens, up to its first new token."""
-    prompt = prompt_of(n, config)
+    prompt = prompt_of(n, config.vocab_size)
     config = config._replace(max_seq_len=n + 8)
     return bench.seconds(
         lambda: next(llama3.generate(prompt, weights, config, max_new_tokens=1)), 3
@@ -211,12 +188,12 @@ def decode(
 
 def generate(bench: Bench, weights: dict[str, Any], config: llama3.Config, kind: type) -> float:
     """Seconds for a token as the command makes it: 64 after a prompt of 128, by llama3.generate."""
-    session, prompt = kind(weights, config), prompt_of(128, config)
+    session, prompt = kind(weights, config), prompt_of(128, config.vocab_size)
 
     def text() -> None:
         steps = llama3.generate(prompt, weights, config, max_new_tokens=65, session=session)
         next(steps)
-        bench.finished()
+        finished(bench.device)
         start = time.perf_counter()
         list(steps)
         times.append(time.perf_counter() - start)
@@ -232,12 +209,7 @@ def transformers_model(config: llama3.Config, device: torch.device, attention: s
     import transformers
 
     sizes = transformers.LlamaConfig(
-        hidden_size=config.dim,
-        intermediate_size=config.ffn_dim,
-        num_hidden_layers=config.n_layers,
-        num_attention_heads=config.n_heads,
-        num_key_value_heads=config.n_kv_heads,
-        vocab_size=config.vocab_size,
+        **sizes_in_transformers(config),
         max_position_embeddings=config.max_seq_len,
         attn_implementation=attention,
     )
@@ -252,19 +224,19 @@ def transformers_model(config: llama3.Config, device: torch.device, attention: s
 
 @torch.inference_mode()
 def transformers_prefill(bench: Bench, model: Any, config: llama3.Config, n: int) -> float:
-    tokens = torch.tensor([prompt_of(n, config)], device=bench.device)
+    tokens = torch.tensor([prompt_of(n, config.vocab_size)], device=bench.device)
     return bench.seconds(lambda: model(tokens, logits_to_keep=1).logits.argmax(-1).item(), 3)
 
 
 @torch.inference_mode()
 def transformers_decode(bench: Bench, model: Any, config: llama3.Config, length: int) -> float:
-    tokens = torch.tensor([prompt_of(length, config)], device=bench.device)
+    tokens = torch.tensor([prompt_of(length, config.vocab_size)], device=bench.device)
     named = inspect.signature(model.forward).parameters
     key = "cache" if "cache" in named else "past_key_values"
 
     def steps() -> None:
         cache = getattr(model(tokens, use_cache=True, logits_to_keep=1), key)
-        bench.finished()
+        finished(bench.device)
         start, chosen = time.perf_counter(), tokens[:, -1:]
         for _ in range(STEPS):
             out = model(chosen, use_cache=True, **{key: cache})
@@ -284,7 +256,7 @@ def peak_gb(bench: Bench, weights: dict[str, Any], config: llama3.Config) -> dic
     """GB at most for weights, a prompt of 1,024 tokens and 32 more: in tensors, and on the card."""
     torch.cuda.reset_peak_memory_stats(bench.device)
     session = CapturedSession(weights, config)
-    prompt = prompt_of(1024, config)
+    prompt = prompt_of(1024, config.vocab_size)
     [*llama3.generate(prompt, weights, config, max_new_tokens=32, session=session)]
     recorded(session)
     free, total = torch.cuda.mem_get_info(bench.device)

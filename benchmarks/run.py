@@ -64,17 +64,22 @@ Contestant = tuple[Callable[[int], None], Callable[[int, int], None]]  # prefill
 # --- the model ------------------------------------------------------------------------------------
 
 
-def make_checkpoint(folder: Path, params: dict, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Random weights of the size that training gives them, in Meta's files."""
-    (folder / "params.json").write_text(json.dumps(params))
-    generator = torch.Generator().manual_seed(0)
-    weights = {}
-    for name, shape in llama3.weight_shapes(llama3.load_config(folder)).items():
-        if len(shape) == 1:
-            weights[name] = torch.ones(shape, dtype=dtype)
-        else:
-            weights[name] = torch.empty(shape, dtype=dtype)
+def random_weights(
+    config: llama3.Config, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16
+) -> llama3.Weights:
+    """Weights of the size that training gives them, made on the device."""
+    generator, weights = torch.Generator(device).manual_seed(0), {}
+    for name, shape in llama3.weight_shapes(config).items():
+        weights[name] = torch.ones(shape, dtype=dtype, device=device)
+        if len(shape) > 1:
             weights[name].normal_(0, shape[1] ** -0.5, generator=generator)
+    return weights
+
+
+def make_checkpoint(folder: Path, params: dict, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Random weights in Meta's files."""
+    (folder / "params.json").write_text(json.dumps(params))
+    weights = random_weights(llama3.load_config(folder), dtype=dtype)
     torch.save(weights, folder / "consolidated.00.pth")
 
 
@@ -118,17 +123,24 @@ def ours(weights: llama3.Weights, config: llama3.Config) -> Contestant:
     return prefill, decode
 
 
+def sizes_in_transformers(config: llama3.Config) -> dict[str, int]:
+    """The sizes of a model, by their names in a LlamaConfig."""
+    return {
+        "hidden_size": config.dim,
+        "intermediate_size": config.ffn_dim,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "vocab_size": config.vocab_size,
+    }
+
+
 def in_transformers(config: llama3.Config, device: torch.device) -> Contestant:
     """LlamaForCausalLM with the same sizes and random bfloat16 weights, as it comes."""
     import transformers
 
     model_config = transformers.LlamaConfig(
-        hidden_size=config.dim,
-        num_hidden_layers=config.n_layers,
-        num_attention_heads=config.n_heads,
-        num_key_value_heads=config.n_kv_heads,
-        vocab_size=config.vocab_size,
-        intermediate_size=config.ffn_dim,
+        **sizes_in_transformers(config),
         rms_norm_eps=config.norm_eps,
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
         tie_word_embeddings=False,

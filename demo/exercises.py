@@ -15,6 +15,7 @@ from torch import Tensor
 import llama3
 import tokenizer_setup
 from demo import corpus
+from demo.mistakes import rotate_halves
 
 
 def _pattern(ids: Tensor, weights: llama3.Weights, config: llama3.Config, layer: int) -> Tensor:
@@ -97,12 +98,7 @@ def checker(
         return 8_030_261_248 - 128_256 * 4096
 
     def halves() -> int:
-        def rotate(x: Tensor, rotations: Tensor) -> Tensor:
-            a, b = x.float().chunk(2, dim=-1)
-            turned = torch.complex(a, b) * rotations
-            return torch.cat([turned.real, turned.imag], dim=-1).to(x.dtype)
-
-        with mock.patch.object(llama3, "rotate", rotate):
+        with mock.patch.object(llama3, "rotate", rotate_halves):
             return logits("17 plus 8 is ").argmax().item()
 
     def five() -> float:

@@ -1,4 +1,4 @@
-"""Mistakes that have been made in somebody's Llama, and what the demo says with each of them."""
+"""Mistakes that are easily made in a Llama, and what the demo says with each of them."""
 
 import math
 import re
@@ -21,7 +21,6 @@ PROMPT = corpus.ULTIMATE.removesuffix("42")
 _attention_pattern, _block, _linear = llama3.attention_pattern, llama3.block, llama3.linear
 _frequencies, _qkv, _rms_norm = llama3.rope_frequencies, llama3.queries_keys_values, llama3.rms_norm
 _rotate = llama3.rotate
-
 
 SECTIONS = {
     "rms": "3, RMSNorm",
@@ -49,7 +48,8 @@ class Mistake(NamedTuple):
         return SECTIONS[self.cell]
 
 
-def _halves(x: Tensor, rotations: Tensor) -> Tensor:
+def rotate_halves(x: Tensor, rotations: Tensor) -> Tensor:
+    """RoPE as rotate does it, but of pairs whose second numbers stand in the second half."""
     a, b = x.float().chunk(2, dim=-1)
     turned = torch.complex(a, b) * rotations
     return torch.cat([turned.real, turned.imag], dim=-1).to(x.dtype)
@@ -104,7 +104,7 @@ def _tied(x: Tensor, weights: llama3.Weights, name: str) -> Tensor:
 
 
 MISTAKES = {
-    "RoPE turns halves, not neighbors": Mistake({"rotate": _halves}, "rotate"),
+    "RoPE turns halves, not neighbors": Mistake({"rotate": rotate_halves}, "rotate"),
     "RoPE turns backwards": Mistake({"rotate": lambda x, r: _rotate(x, r.conj())}, "rotate"),
     "theta is 10,000": Mistake(
         {"rope_frequencies": lambda c, *d: _frequencies(c._replace(rope_theta=10000), *d)},
@@ -138,16 +138,14 @@ MISTAKES = {
 }
 
 
-def symptoms(folder: Path) -> Iterator[tuple[str, str, str, int, int]]:
+def symptoms(folder: Path) -> Iterator[tuple[str, str, float, int, int]]:
     """What the demo in a folder does without a mistake and with each of MISTAKES.
 
     -> its name; what is said to PROMPT, and the probability of 42; how many of the 75 held-out sums
     and of the 63 capitals are right, by their first token.
     """
-    config, tokenizer = (
-        llama3.load_config(folder),
-        tokenizer_setup.load_tokenizer(folder / "tokenizer.model"),
-    )
+    config = llama3.load_config(folder)
+    tokenizer = tokenizer_setup.load_tokenizer(folder / "tokenizer.model")
     weights = {name: w.float() for name, w in llama3.load_weights(folder, config).items()}
 
     def encoded(text: str) -> list[int]:

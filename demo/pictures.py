@@ -255,28 +255,25 @@ def arrows(
 ) -> Figure:
     """The first pairs of two tokens' queries, complex [T, d / 2], before RoPE and after it."""
     pairs = min(pairs, before.shape[1])
+    was, *now = ({"color": c, "ls": s} for c, s in ((GRAY, "--"), (BLUE, "-"), (ORANGE, "-")))
     figure, panels = figure_of(1, pairs, size=(8, 3), squeeze=False)
     for pair, axes in enumerate(panels[0]):
         size = 1.15 * max(before[place, pair].abs().item() for place in places) or 1.0
         axes.add_patch(Circle((0, 0), size / 1.15, fill=False, color=HIDDEN, linestyle=":"))
-        for place, color in zip(places, (BLUE, ORANGE), strict=True):
-            for point, style in ((before[place, pair], "--"), (after[place, pair], "-")):
+        for place, look in zip(places, now, strict=True):
+            for point, style in ((before[place, pair], was), (after[place, pair], look)):
                 end = point.real.item(), point.imag.item()
-                look = {"color": GRAY if style == "--" else color, "linestyle": style, "lw": 1.6}
-                arrow = {"arrowstyle": "-|>", "shrinkA": 0, "shrinkB": 0} | look
+                arrow = {"arrowstyle": "-|>", "shrinkA": 0, "shrinkB": 0, "lw": 1.6} | style
                 axes.annotate("", end, (0, 0), arrowprops=arrow)
         axes.set(xlim=(-size, size), ylim=(-size, size), aspect="equal", xlabel="real part")
         axes.set(title=f"pair {pair}", ylabel="imaginary part" if pair == 0 else "")
         axes.locator_params(nbins=3)
-    handles = [Line2D([], [], color=color, ls=style) for color, style in _ARROWS]
+    handles = [Line2D([], [], **style) for style in (was, *now)]
     names = ["before RoPE", f"after it, at {places[0]}", f"after it, at {places[1]}"]
     figure.legend(handles, names, loc="outside lower center", ncols=3)
     whose = " and ".join(f"“{labels[place]}” at {place}" for place in places)
     figure.suptitle(f"RoPE turns each query by its own angles: {whose}")
     return figure
-
-
-_ARROWS = [(GRAY, "--"), (BLUE, "-"), (ORANGE, "-")]
 
 
 # --- numbers on a circle --------------------------------------------------------------------------

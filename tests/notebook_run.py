@@ -54,10 +54,6 @@ def without_garbage_collection():
         gc.enable()
 
 
-def not_drawn(*_, **__):
-    return None
-
-
 class Run:
     """A notebook with a model. Its cells' texts: `printed`; its figures: `shown`; its `names`.
 
@@ -79,7 +75,7 @@ class Run:
         draw="figures",
     ):
         self.printed, self.shown, self.names = {}, [], {"__name__": "notebook"}
-        self.pngs, self.htmls = defaultdict(list), []
+        self.pngs = defaultdict(list)
         changes = {**({} if whole else LESS), **(changes or {})}
         show = pictures.show
         with pytest.MonkeyPatch.context() as patch, without_garbage_collection():
@@ -111,7 +107,6 @@ class Run:
         print(text)
 
     def display(self, data):
-        self.htmls.append(data["text/html"])
         self.pngs[self.here].append(notebooks.png_of({"data": data}))
 
 

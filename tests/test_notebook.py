@@ -35,11 +35,10 @@ import torch
 from conftest import DEMO, ROOT
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from notebook_run import PART_1, PART_2, PART_3, Run, code_cells, first_token, read, text_of
+from notebook_run import PART_1, PART_2, PART_3, PROMPT, Run, code_cells, first_token, read, text_of
 
 from demo import diagrams, notebooks, pictures, trace
 
-PROMPT = "the answer to the ultimate question of life, the universe, and everything is "
 every_notebook = pytest.mark.parametrize("name", notebooks.NOTEBOOKS)
 
 # Run after the first notebook's cells, in its kernel: llama3.py as a command, and its function.
